@@ -1,0 +1,64 @@
+# make quickstart   set up a light environment and watch a small model learn arithmetic (SEED=1 for another seed)
+# make test         set up and run the test suite; make test-full runs the slow tests too
+# make setup        prepare .venv with everything that the tests need
+# make lint, types  check style and types
+#
+# Settings: PYTHON (an interpreter >= 3.11) and TORCH_INDEX (a package index to take torch from, such as PyTorch's own
+# CPU index).
+
+VENV := .venv
+BIN := $(VENV)/bin
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if $$p -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$p; break; fi; done)
+endif
+TORCH := torch==2.13.0
+SETTINGS := $(if $(SEED),--set run.seed=$(SEED) --set run.name=quickstart-seed-$(SEED))
+
+.PHONY: quickstart setup test test-full lint types clean
+
+quickstart: $(VENV)/.light
+	$(BIN)/align train recipes/quickstart.yaml $(SETTINGS)
+
+setup: $(VENV)/.dev
+
+test: setup
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The stamps below hold what was installed last; a step runs again when something it depends on is newer.
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { echo "PYTHON=$(PYTHON) does not run or is older than 3.11." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' || { echo "$(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+	touch $@
+
+# torch goes first, in a command of its own. What follows asks only for "torch" and takes the one that is there; left to
+# itself on Linux, pip may fetch the CUDA build with several GB of libraries. TORCH_INDEX applies to torch alone, since an
+# index of torch builds has few of the other packages.
+$(VENV)/.torch: $(VENV)/.python
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") $(TORCH)
+	touch $@
+
+$(VENV)/.light: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $(VENV)/.light $@

@@ -1,0 +1,5 @@
+"""``python -m alignment`` is ``align``."""
+
+from alignment.cli import main
+
+main()

@@ -1,0 +1,26 @@
+"""What components declare and remember. State is explicit: JSON values by the component's place in the recipe."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignment.types import Signals
+
+
+def needs_of(component: object) -> tuple[str, ...]:
+    """What ``component`` asks to have computed: ``reference``, ``old_logp``, ``entropy``, ``values``, ``role:NAME``."""
+    return tuple(getattr(component, "needs", ()))
+
+
+def fresh(components: Mapping[str, Any]) -> dict[str, Any]:
+    """The first state of every component that has one."""
+    return {name: component.init() for name, component in components.items() if hasattr(component, "init")}
+
+
+def observe(components: Mapping[str, Any], states: Mapping[str, Any], signals: Signals) -> dict[str, Any]:
+    """The states after an update; those of components that do not learn from ``signals`` stay as they are.
+
+    Raises:
+        KeyError: A component that observes has no state.
+    """
+    learners = {name: component for name, component in components.items() if hasattr(component, "observe")}
+    return {**states, **{name: component.observe(states[name], signals) for name, component in learners.items()}}

@@ -1,0 +1,169 @@
+"""From groups of rollouts to tensors, and from tensors to the pieces that a learner works through.
+
+A batch is split twice: into mini-batches (an optimizer step each, whole groups, random order) and those into
+micro-batches (a forward and backward pass each, by a budget of padded tokens). Only the first changes the result.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from alignment.types import RATIO_BASES, SOURCES, Batch, Group, Rollout, keyed_seed
+
+
+def collate(
+    groups: Sequence[Group],
+    pad_id: int,
+    objectives: Sequence[str],
+    weights: Sequence[float],
+    step: int = 0,
+    seed: int = 0,
+) -> Batch:
+    """The batch of all rollouts of ``groups``, in their order; ``group_B`` numbers the groups from 0.
+
+    A rollout that was not scored keeps its row, for the count, but nothing in it is trained on. A demonstration is
+    trained on whether it was scored or not: its likelihood needs no reward. The first token of a row is never
+    trained on, since nothing precedes it.
+
+    Args:
+        groups: At least one, with at least one rollout among them.
+        pad_id: Token that fills rows up; it is never attended to by a real token and never trained on.
+        objectives: Names of the K reward components, in the order of the recipe.
+        weights: One fixed weight per component.
+        step: Of the run, recorded in the batch.
+        seed: Of the run, recorded in the batch.
+
+    Raises:
+        ValueError: There is no rollout, or ``weights`` and ``objectives`` differ in length.
+    """
+    if len(objectives) != len(weights):
+        raise ValueError(f"{len(objectives)} objectives need as many weights, not {len(weights)}")
+    rollouts = [r for g in groups for r in g.rollouts]
+    if not rollouts:
+        raise ValueError(f"a batch needs at least one rollout; the {len(groups)} groups given hold none")
+    prompt_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
+    length_B = prompt_B + torch.tensor([len(r.token_ids) for r in rollouts])
+    position_T = torch.arange(int(length_B.max()))
+    present_BT = position_T < length_B[:, None]
+    after_prompt_BT = present_BT & (position_T >= prompt_B[:, None])
+
+    loss_mask_BT = _fill(after_prompt_BT, False, torch.bool, [r.loss_mask for r in rollouts])
+    trained_B = torch.tensor([r.scored or r.source == "demonstration" for r in rollouts])
+    return Batch(
+        ids_BT=_fill(present_BT, pad_id, torch.int64, [s for r in rollouts for s in (r.prompt_ids, r.token_ids)]),
+        loss_mask_BT=loss_mask_BT & trained_B[:, None] & (position_T > 0),
+        length_B=length_B,
+        group_B=torch.tensor([i for i, g in enumerate(groups) for _ in g.rollouts]),
+        source_B=torch.tensor([SOURCES.index(r.source) for r in rollouts], dtype=torch.int8),
+        ratio_base_B=torch.tensor([RATIO_BASES.index(r.ratio_base) for r in rollouts], dtype=torch.int8),
+        temperature_B=torch.tensor([r.sampling.temperature for r in rollouts], dtype=torch.float32),
+        behaviour_logp_BT=_fill(after_prompt_BT, 0.0, torch.float32, [r.behaviour_logp for r in rollouts]),
+        rewards_BK=torch.tensor([_values(r, objectives) for r in rollouts], dtype=torch.float32),
+        weights_K=torch.tensor(list(weights), dtype=torch.float32),
+        scored_B=torch.tensor([r.scored for r in rollouts]),
+        truncated_B=torch.tensor([r.finish_reason == "length" for r in rollouts]),
+        key_B=torch.tensor([keyed_seed(r.id) for r in rollouts]),
+        objectives=tuple(objectives),
+        step=step,
+        seed=seed,
+    )
+
+
+def split_minibatches(batch: Batch, n: int, key: int) -> list[Tensor]:
+    """Row indices of ``n`` mini-batches: every row once, groups whole, as even in rows as whole groups allow.
+
+    With ``n`` above 1 the groups come in a random order that depends on ``key`` alone, such as
+    ``keyed_seed(seed, step, epoch)``. A batch of fewer than ``n`` groups gives one mini-batch per group.
+    """
+    if n < 1:
+        raise ValueError(f"a batch is split into at least 1 mini-batch, not {n}")
+    if n == 1:
+        return [torch.arange(len(batch), device=batch.ids_BT.device)]
+    group_B = torch.unique(batch.group_B, return_inverse=True)[1].cpu()
+    rows_G = torch.bincount(group_B)
+    groups = len(rows_G)
+    order_G = torch.randperm(groups, generator=torch.Generator().manual_seed(key))
+    n = min(n, groups)
+    # A group goes where the middle of its span falls when the shuffled rows are cut into n equal parts.
+    middle_G = rows_G[order_G].cumsum(0) - rows_G[order_G] / 2
+    piece_G = _without_gaps((middle_G * n / len(batch)).long(), n)
+    piece_B = torch.empty(groups, dtype=torch.int64).scatter_(0, order_G, piece_G)[group_B]
+    return [(piece_B == i).nonzero()[:, 0].to(batch.ids_BT.device) for i in range(n)]
+
+
+def plan_micro_batches(length_B: Tensor, max_tokens: int) -> list[Tensor]:
+    """Row indices of micro-batches: every row once, similar lengths together, the longest first.
+
+    A micro-batch of ``n`` rows costs ``n * (its longest row)`` tokens, padding included, and that never exceeds
+    ``max_tokens``. The longest come first so that a lack of memory shows at once.
+
+    Raises:
+        ValueError: One row alone is over the budget.
+    """
+    lengths, order = torch.sort(length_B.cpu(), descending=True, stable=True)
+    if len(lengths) and int(lengths[0]) > max_tokens:
+        raise ValueError(
+            f"a row of {int(lengths[0])} tokens does not fit micro_batch_tokens = {max_tokens}; "
+            f"set micro_batch_tokens to {int(lengths[0])} or more, or make prompts and completions shorter"
+        )
+    order = order.to(length_B.device)
+    plan, start = [], 0
+    while start < len(lengths):
+        rows = max_tokens // max(1, int(lengths[start]))
+        plan.append(order[start : start + rows])
+        start += rows
+    return plan
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:
+    """Row indices and rows of each micro-batch, leaving out rows in which nothing is trained on."""
+    rows = batch.loss_mask_BT.any(1).nonzero()[:, 0]
+    for micro in plan_micro_batches(batch.length_B[rows], max_tokens):
+        yield rows[micro], batch.rows(rows[micro])
+
+
+def per_micro_batch(
+    batch: Batch, max_tokens: int, compute: Callable[[Batch], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Runs ``compute`` on micro-batches and puts the fields that it returns together.
+
+    Fields are named as in :class:`Batch`: ``*_BT`` has rows and tokens, ``*_B`` rows. Rows that are left out are 0.
+    """
+    whole: dict[str, Tensor] = {}
+    # Where nothing is trained on, one row stands in, so that the fields exist.
+    first = torch.zeros(1, dtype=torch.int64, device=batch.ids_BT.device)
+    for rows, micro in list(micro_batches(batch, max_tokens)) or [(first, batch.rows(first))]:
+        for name, value in compute(micro).items():
+            per_token = name.rpartition("_")[2].startswith("BT")
+            if name not in whole:
+                shape = (*batch.ids_BT.shape, *value.shape[2:]) if per_token else (len(batch), *value.shape[1:])
+                whole[name] = value.new_zeros(shape)
+            if per_token:
+                whole[name][rows, : value.shape[1]] = value
+            else:
+                whole[name][rows] = value
+    return whole
+
+
+def _without_gaps(piece_G: Tensor, n: int) -> Tensor:
+    """The nearest non-decreasing numbering that uses all of ``0 .. n-1`` (each at least once)."""
+    pieces, last = [], -1
+    for place, piece in enumerate(piece_G.tolist()):
+        earliest = n - (len(piece_G) - place)  # the groups left must still reach n - 1
+        last = min(max(piece, last, earliest), last + 1)
+        pieces.append(last)
+    return torch.tensor(pieces)
+
+
+def _values(rollout: Rollout, objectives: Sequence[str]) -> list[float]:
+    scores = (rollout.scores.get(name) for name in objectives)
+    return [float("nan") if s is None or s.value is None else s.value for s in scores]
+
+
+def _fill(where_BT: Tensor, otherwise: float, dtype: torch.dtype, pieces: Sequence[Sequence[float]]) -> Tensor:
+    """``otherwise`` everywhere but at ``where_BT``, which takes the numbers of ``pieces`` in row order."""
+    filled_BT = torch.full(where_BT.shape, otherwise, dtype=dtype)
+    filled_BT[where_BT] = torch.tensor(list(chain.from_iterable(pieces)), dtype=dtype)
+    return filled_BT

@@ -1,0 +1,187 @@
+"""The command line: ``align``. Nothing heavy is imported before a command needs it."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from alignment.durable import StorageError
+from alignment.errors import UserError
+
+app = typer.Typer(
+    name="align",
+    help="Align language models and train them to reason with reinforcement learning.",
+    epilog="Start with: align init my_project && align train my_project/recipe.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+Command = TypeVar("Command", bound=Callable[..., Any])
+Recipes = Annotated[list[Path], typer.Argument(help="Recipe files, merged from left to right.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a value, e.g. run.seed=1 or stages.0.steps=10; repeatable."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def command(example: str) -> Callable[[Command], Command]:
+    """Registers a function as a command. What a user can mend is told in plain words on stderr, with exit code 2
+    (74 where the disk failed)."""
+
+    def register(function: Command) -> Command:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except (UserError, StorageError) as error:
+                Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
+                raise typer.Exit(getattr(error, "exit_code", 2)) from None
+            except KeyboardInterrupt:
+                raise typer.Exit(130) from None
+
+        app.command(function.__name__.rstrip("_"), epilog=f"Example: [bold]{example}[/bold]")(run)
+        return function
+
+    return register
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        number = version("alignment-rl")
+    except PackageNotFoundError:
+        number = "not installed, running from source"
+    Console(soft_wrap=True, highlight=False).print(f"align {number}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Align language models and train them to reason with reinforcement learning."""
+
+
+@command("align train recipes/quickstart.yaml --set run.seed=1")
+def train(
+    recipe: Recipes,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Put an earlier run of this name aside and start again.")
+    ] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option(metavar="RUN[@STEP|@best]", help="Start from the policy of another run's checkpoint."),
+    ] = None,
+) -> None:
+    """Train a recipe, or go on where its run stopped.
+
+    Ctrl-C saves the last completed step; the same command continues from there.
+    """
+    from alignment.recipe import load
+    from alignment.trainer import train as train_recipe
+
+    result = train_recipe(load(recipe, overrides or []), fresh_start=fresh, init_from=init_from)
+    raise typer.Exit(int(result["exit_code"]))
+
+
+@command("align check recipes/quickstart.yaml")
+def check(recipe: Recipes, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show the resolved recipe and its plan, or every mistake in it. Trains nothing."""
+    from alignment.plan import make_plan
+    from alignment.plan_view import show_plan
+    from alignment.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    plan = make_plan(loaded)
+    if as_json:
+        _print_json({"recipe": loaded.resolved(), "plan": plan.to_json()})
+    else:
+        show_plan(loaded, plan, Console())
+
+
+@command("align list policy_losses clip")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="A kind, such as advantages.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="A component of that kind.", show_default=False)] = None,
+    as_json: AsJson = False,
+    plugins: Annotated[
+        list[str] | None, typer.Option("--plugin", help="Also import this module, which registers components.")
+    ] = None,
+) -> None:
+    """Show the kinds of component, the components of one, or the options of one."""
+    from alignment.listing import describe_components, show_components
+
+    found = describe_components(kind, name, plugins or [])
+    if as_json:
+        _print_json(found)
+    else:
+        show_components(found, Console())
+
+
+@command("align init my_project")
+def init(folder: Annotated[Path, typer.Argument(help="A folder that is empty or does not exist yet.")]) -> None:
+    """Write a starting recipe, a reward function, data and a test into a folder."""
+    from alignment.init_project import write_scaffold
+
+    written = write_scaffold(folder)
+    console = Console(highlight=False, soft_wrap=True)
+    for path in written:
+        console.print(f"  {path}", markup=False)
+    console.print(
+        f"\nNext:\n  align check {folder / 'recipe.yaml'}\n  align train {folder / 'recipe.yaml'}", markup=False
+    )
+
+
+@command("align export runs/quickstart@best my_model")
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN[@STEP|@best]", help="A run and one of its checkpoints.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that is empty or does not exist yet.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only the LoRA adapter.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Whole weights, with the adapter added to them.")] = False,
+) -> None:
+    """Write a checkpoint as an ordinary Hugging Face folder."""
+    if adapter and merged:
+        raise UserError("--adapter and --merged exclude each other; give one, or neither to let the model decide")
+    from alignment.export import export as export_run
+
+    form = "adapter" if adapter else "merged" if merged else "auto"
+    Console(highlight=False, soft_wrap=True).print(f"wrote {export_run(run, folder, form)}", markup=False)
+
+
+@command("align replay runs/quickstart --step 300 --set stages.1.algorithm.advantage=rloo")
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    step: Annotated[int, typer.Option(help="A step that the flight recorder kept.")],
+    overrides: Overrides = None,
+) -> None:
+    """Recompute credit and loss of a recorded step without the model, under a changed recipe if you like."""
+    from alignment.replay import replay as replay_step
+
+    replay_step(run, step, overrides or [], Console())
+
+
+def main() -> None:
+    """The command ``align``."""
+    app(prog_name="align")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

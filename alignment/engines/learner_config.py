@@ -1,0 +1,110 @@
+"""What a recipe says of a learner. Light: a learner's own module is imported when it is built."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+
+from alignment.registry import Registry, option
+from alignment.types import Batch
+
+if TYPE_CHECKING:
+    from alignment.engines.torch_learner import TorchLearner
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Holds the policy and improves it. It is blind to the algorithm: what it minimises comes as an objective."""
+
+    @property
+    def roles(self) -> Mapping[str, Any]:
+        """Models beside the policy, by name."""
+        ...
+
+    def annotate(self, batch: Batch, needs: Any) -> Batch:
+        """The batch with what ``needs`` names (old_logp, entropy, reference, values, role:NAME) filled in."""
+        ...
+
+    def update(self, batch: Batch, objective: Any, slot: str = "rl") -> dict[str, float]:
+        """Trains on the batch with the optimizer of ``slot``; metrics by name."""
+        ...
+
+    def refresh_reference(self, mode: str = "copy") -> None:
+        """Makes the reference follow the policy."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes everything that :meth:`restore` needs for an exact continuation."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Continues from what :meth:`save` wrote."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A checksum of the policy's weights."""
+        ...
+
+
+@runtime_checkable
+class LearnerConfig(Protocol):
+    """Options of a learner; ``build`` makes it."""
+
+    def build(self, model: Any, total_updates: int, seed: int, reference: bool = False) -> Any:
+        """The learner of ``model`` for a stage of ``total_updates`` updates."""
+        ...
+
+
+learners: Registry[LearnerConfig] = Registry("learners", LearnerConfig, "What takes the optimizer step.")
+
+
+@learners.register("torch", source="this project", evidence="end to end")
+@dataclass(frozen=True)
+class TorchLearnerConfig:
+    """One process, AdamW, on the GPU if there is one.
+
+    Weight decay acts on parameters of two or more dimensions, so not on norms and biases. The schedule counts
+    updates, one per batch whatever its epochs and mini-batches, and runs over the stage.
+    """
+
+    lr: Annotated[float, option("learning rate after warm-up", gt=0)] = 1e-6
+    betas: Annotated[tuple[float, float], option("decay of the first and second moment in AdamW")] = (0.9, 0.999)
+    eps: Annotated[float, option("added to the root of the second moment", gt=0)] = 1e-8
+    weight_decay: Annotated[float, option("decoupled decay per step, times lr", ge=0)] = 0.0
+    max_grad_norm: Annotated[float | None, option("global gradient norm is scaled down to this; null: never", gt=0)] = (
+        1.0
+    )
+    schedule: Annotated[Literal["constant", "linear", "cosine"], option("shape of the learning rate after warm-up")] = (
+        "constant"
+    )
+    warmup_steps: Annotated[int, option("over which the rate rises linearly", unit="updates", ge=0)] = 0
+    min_lr_ratio: Annotated[float, option("where linear and cosine end, as a share of lr", ge=0, le=1)] = 0.0
+    autocast: Annotated[Literal["none", "bfloat16"], option("precision of matrix products; weights keep their own")] = (
+        "none"
+    )
+    gradient_checkpointing: Annotated[bool, option("recompute activations in the backward pass, to save memory")] = (
+        False
+    )
+    micro_batch_tokens: Annotated[
+        int, option("most tokens of one forward and backward pass, padding included", unit="tokens", ge=1)
+    ] = 16384
+    logits_chunk_tokens: Annotated[
+        int, option("most tokens whose logits over the vocabulary exist at once", unit="tokens", ge=1)
+    ] = 2048
+    max_skipped_steps: Annotated[
+        int,
+        option(
+            "consecutive optimizer steps without finite numbers after which training stops",
+            unit="optimizer steps",
+            ge=1,
+        ),
+    ] = 3
+    device: Annotated[Literal["auto", "cpu", "cuda"], option("where the policy lives; auto: cuda if available")] = (
+        "auto"
+    )
+
+    def build(self, model: Any, total_updates: int, seed: int, reference: bool = False) -> "TorchLearner":
+        """The learner of ``model`` (its ``module`` is trained in place) for ``total_updates`` updates."""
+        from alignment.engines.torch_learner import TorchLearner
+
+        return TorchLearner(model.module, self, total_updates, seed, reference)

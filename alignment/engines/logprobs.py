@@ -1,0 +1,163 @@
+"""Log-probabilities and entropies of the tokens that are trained on, without the whole ``[B, T, V]`` of logits.
+
+The body of a causal language model gives hidden states; only those that precede a trained token go through the
+output embeddings, a chunk at a time, and a chunk's logits are computed again in the backward pass. That is right
+only where logits are the output embeddings of the body's hidden states and nothing else. Some architectures cap,
+scale or shift them, so this is tried once, and where it does not hold the model's own logits are used.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from alignment.types import Batch
+
+log = logging.getLogger(__name__)
+Entropy = Literal["none", "value", "gradient"]
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Without dropout inside, as it was afterwards."""
+    before = [m.training for m in modules]
+    for m in modules:
+        m.eval()
+    try:
+        yield
+    finally:
+        for m, training in zip(modules, before, strict=True):
+            m.train(training)
+
+
+class LogProbs:
+    """Computes ``log softmax(logits / temperature)`` of a causal language model at the trained tokens.
+
+    Args:
+        module: A transformers causal language model, possibly wrapped by peft.
+        chunk_tokens: Most tokens whose logits exist at once.
+        autocast: Whether matrix products run in bfloat16. The softmax is in float32 either way.
+
+    Attributes:
+        slow_reason: Why the model's own full logits are used (more memory), or None where they are not.
+    """
+
+    def __init__(self, module: nn.Module, chunk_tokens: int, autocast: bool = False) -> None:
+        self.module, self.chunk_tokens, self.autocast = module, chunk_tokens, autocast
+        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
+        self.body: nn.Module = inner.base_model
+        self.head: nn.Module | None = inner.get_output_embeddings()
+        self.slow_reason = _why_not_split(module, self.body, self.head)
+        if self.slow_reason is not None:
+            log.warning(
+                "%s: %s; the logits of every token of a micro-batch are kept at once, which takes more memory "
+                "(lower micro_batch_tokens if it runs out)",
+                type(inner).__name__,
+                self.slow_reason,
+            )
+
+    def __call__(self, batch: Batch, entropy: Entropy = "none") -> tuple[Tensor, Tensor | None]:
+        """``logp_BT`` and ``entropy_BT`` (None for ``"none"``), float32, 0 where ``loss_mask_BT`` is False.
+
+        Rows are right-padded, so under causal attention no real token sees padding and positions count from 0.
+
+        Args:
+            batch: On the model's device.
+            entropy: ``"value"`` computes it without a gradient, ``"gradient"`` with one.
+        """
+        row_N, previous_N = batch.loss_mask_BT[:, 1:].nonzero(as_tuple=True)
+        token_N = batch.ids_BT[row_N, previous_N + 1]
+        temperature_N = batch.temperature_B[row_N]
+        # The last token predicts nothing that is trained on.
+        inputs = {"input_ids": batch.ids_BT[:, :-1], "attention_mask": self._attention_mask(batch), "use_cache": False}
+        device = batch.ids_BT.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
+            if self.slow_reason is not None:
+                logits_NV = self.module(**inputs).logits[row_N, previous_N]
+                parts = [_score(logits_NV, token_N, temperature_N, entropy)]
+            else:
+                hidden_NH = self.body(**inputs).last_hidden_state[row_N, previous_N]
+                parts = list(self._chunks(hidden_NH, token_N, temperature_N, entropy))
+        logp_N = torch.cat([logp for logp, _ in parts])
+        empty_BT = torch.zeros(batch.ids_BT.shape, device=logp_N.device)
+        logp_BT = empty_BT.index_put((row_N, previous_N + 1), logp_N)
+        if entropy == "none":
+            return logp_BT, None
+        entropy_N = torch.cat([e for _, e in parts if e is not None])
+        return logp_BT, empty_BT.index_put((row_N, previous_N + 1), entropy_N)
+
+    def _attention_mask(self, batch: Batch) -> Tensor:
+        return (torch.arange(batch.ids_BT.shape[1] - 1, device=batch.ids_BT.device) < batch.length_B[:, None]).long()
+
+    def _chunks(
+        self, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        assert self.head is not None
+        # With one chunk its logits are all there is in either case: computing them again would save nothing.
+        again = torch.is_grad_enabled() and len(token_N) > self.chunk_tokens
+        for start in range(0, max(1, len(token_N)), self.chunk_tokens):
+            part = slice(start, start + self.chunk_tokens)
+            args = (self.head, hidden_NH[part], token_N[part], temperature_N[part], entropy)
+            if again:
+                yield checkpoint(_score_hidden, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+            else:
+                yield _score_hidden(*args)
+
+
+def _score_hidden(
+    head: nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
+) -> tuple[Tensor, Tensor | None]:
+    return _score(head(hidden_NH), token_N, temperature_N, entropy)
+
+
+def _score(logits_NV: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of ``token_N`` and entropy ``-sum p log p``, both under ``softmax(logits / temperature)``."""
+    logits_NV = logits_NV.float() / temperature_N[:, None]
+    normaliser_N = logits_NV.logsumexp(-1)
+    logp_N = logits_NV.gather(-1, token_N[:, None])[:, 0] - normaliser_N
+    if entropy == "none":
+        return logp_N, None
+    with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
+        probability_NV = (logits_NV - normaliser_N[:, None]).exp()
+        return logp_N, normaliser_N - (probability_NV * logits_NV).sum(-1)
+
+
+def _why_not_split(module: nn.Module, body: nn.Module, head: nn.Module | None) -> str | None:
+    """Why the model's logits are not ``head(body(ids))``, or None if they are.
+
+    The head's output is replaced by large random numbers on the way. Comparing ordinary logits would miss a cap at
+    30 in a model whose logits are still near 0.
+    """
+    if head is None or body is module:
+        return "it has no output embeddings apart from its body"
+    device = next(module.parameters()).device
+    ids_BT = torch.arange(6, device=device).reshape(2, 3) % head.weight.shape[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def replace_output(_head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        random = 50 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        seen.append((inputs[0], random.to(output)))
+        return seen[-1][1]
+
+    with torch.no_grad(), evaluating(module):
+        hidden = getattr(body(input_ids=ids_BT, use_cache=False), "last_hidden_state", None)
+        hook = head.register_forward_hook(replace_output)
+        try:
+            logits = module(input_ids=ids_BT, use_cache=False).logits
+        finally:
+            hook.remove()
+    if len(seen) != 1 or hidden is None:
+        return "it does not apply its output embeddings once to the hidden states of its body"
+    if not _same(seen[0][0], hidden):
+        return "it changes hidden states between its body and its output embeddings"
+    if not _same(seen[0][1], logits):
+        return "it changes logits after its output embeddings"
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)

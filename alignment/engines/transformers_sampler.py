@@ -1,0 +1,329 @@
+"""The embedded sampler: decodes any causal language model of transformers, in this process, from the learner's weights.
+
+Rows of a chunk are decoded together and leave it when they finish. A request's random numbers come from a generator
+keyed by its seed alone, one number per token, so what is batched with it changes nothing but float rounding.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from alignment.engines.config import TransformersSamplerConfig
+from alignment.types import Completion, Request
+
+
+class TransformersSampler:
+    """Samples completions from ``module``, a causal language model of transformers, wrapped by peft or not.
+
+    The module is shared with the learner: publishing new weights is stamping ``version``.
+
+    Log-probabilities are those of the distribution that was sampled: ``log_softmax(logits / temperature)``, restricted
+    to ``top_k`` and then ``top_p`` and renormalised, in float32. Temperature 0 takes the most likely token; its
+    distribution is a point mass, so its log-probability is 0.
+
+    Args:
+        module: The model; its device is where decoding happens.
+        config: Rows per chunk and autocast.
+    """
+
+    name = "transformers"
+
+    def __init__(self, module: nn.Module, config: TransformersSamplerConfig) -> None:
+        self.module, self.config = module, config
+        self.version = 0
+        wrapped: Any = module
+        base = wrapped.get_base_model() if hasattr(module, "get_base_model") else wrapped
+        accepted = inspect.signature(base.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        # Logits of a whole prompt over a large vocabulary are gigabytes; only the last position is sampled from.
+        self.last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.max_positions: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+    def submit(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Completions as they finish, each once. Closing the iterator early leaves the module as it was.
+
+        Raises:
+            ValueError: A request is empty, asks for no tokens, has a bad option, or is too long for the model.
+            FloatingPointError: While iterating: the model's logits are not finite.
+        """
+        for request in requests:
+            self._check(request)
+        # Equal lengths need no padding, and equal prompts side by side are computed once.
+        ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.prompt_ids))
+        rows = self.config.batch_rows
+        return self._stream([ordered[i : i + rows] for i in range(0, len(ordered), rows)])
+
+    def _stream(self, chunks: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+        for requests in chunks:
+            chunk = _Chunk(self, requests)
+            while chunk.unfinished:
+                yield from chunk.advance()
+
+    def _check(self, request: Request) -> None:
+        p, length = request.params, len(request.prompt_ids)
+        problems = (
+            (length == 0, "its prompt has no tokens"),
+            (p.max_tokens < 1, f"max_tokens is {p.max_tokens}; it must be at least 1"),
+            (not p.temperature >= 0.0, f"temperature is {p.temperature}; it must be 0 (greedy) or more"),
+            (not 0.0 < p.top_p <= 1.0, f"top_p is {p.top_p}; it must be above 0 and at most 1 (1 is off)"),
+            (p.top_k < 0, f"top_k is {p.top_k}; it must be 0 (off) or more"),
+            (
+                self.max_positions is not None and length + p.max_tokens > self.max_positions,
+                f"{length} prompt tokens + max_tokens {p.max_tokens} exceed the model's {self.max_positions} positions",
+            ),
+        )
+        for wrong, what in problems:
+            if wrong:
+                raise ValueError(f"request {request.id!r}: {what}")
+
+
+class _Chunk:
+    """Requests that are decoded together.
+
+    Suffixes: N requests, P distinct prompts, M rows still decoding, L tokens generated, V vocabulary.
+    """
+
+    def __init__(self, sampler: TransformersSampler, requests: Sequence[Request]) -> None:
+        self.sampler, self.requests = sampler, requests
+        self.device = next(sampler.module.parameters()).device
+        params = [r.params for r in requests]
+        longest = max(p.max_tokens for p in params)
+        self.max_tokens_M = self._tensor([p.max_tokens for p in params])
+        self.temperature_M = self._tensor([p.temperature for p in params], torch.float32)
+        self.top_k_M = self._tensor([p.top_k for p in params])
+        self.top_p_M = self._tensor([p.top_p for p in params], torch.float32)
+        self.truncates = any(p.top_k > 0 or p.top_p < 1.0 for p in params)
+        width = max(len(p.stop_ids) for p in params)
+        self.stop_MS = self._tensor([[*p.stop_ids, *[-1] * (width - len(p.stop_ids))] for p in params])
+        self.row_M = torch.arange(len(requests), device=self.device)
+        self.uniform_NL = torch.from_numpy(_uniforms(requests, longest)).to(self.device)
+        self.token_NL = torch.zeros(len(requests), longest, dtype=torch.int64, device=self.device)
+        self.logp_NL = torch.zeros(len(requests), longest, dtype=torch.float32, device=self.device)
+        self.cache: DynamicCache | None = None
+        self.mask_MT: Tensor | None = None
+        self.position_M = self._tensor([len(r.prompt_ids) for r in requests])
+        self.generated = 0
+        self.versions: list[tuple[int, int]] = []
+
+    def _tensor(self, values: object, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any row still decodes."""
+        return len(self.row_M) > 0
+
+    @torch.no_grad()
+    def advance(self) -> list[Completion]:
+        """Decodes until at least one row finishes; returns those that did.
+
+        Gradient mode, evaluation mode and autocast are set here and not around the iterator: between two completions
+        the consumer's code runs, and may train the same module.
+        """
+        autocast = self.sampler.config.autocast == "bfloat16"
+        with _evaluating(self.sampler.module), torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            while True:
+                logits_MV = self._prefill() if self.cache is None else self._decode(self.cache)
+                done_M = self._sample(logits_MV)
+                if done_M.any():
+                    return self._retire(done_M)
+
+    def _prefill(self) -> Tensor:
+        """Computes each distinct prompt once, left-padded, and gives every request its copy of the cache."""
+        place = {ids: i for i, ids in enumerate(dict.fromkeys(r.prompt_ids for r in self.requests))}
+        width = max(len(ids) for ids in place)
+        ids_PT = self._tensor([[*[0] * (width - len(ids)), *ids] for ids in place])
+        mask_PT = self._tensor([[*[0] * (width - len(ids)), *[1] * len(ids)] for ids in place])
+        cache = _growing_cache(self.sampler.module)
+        padded = any(len(ids) < width for ids in place)
+        logits_PV = self._forward(ids_PT, cache, mask_PT if padded else None, (mask_PT.cumsum(1) - 1).clamp(min=0))
+        prompt_M = self._tensor([place[r.prompt_ids] for r in self.requests])
+        if len(place) < len(self.requests):
+            cache.batch_select_indices(prompt_M)
+        self.cache, self.mask_MT = cache, mask_PT[prompt_M] if padded else None
+        return logits_PV[prompt_M]
+
+    def _decode(self, cache: DynamicCache) -> Tensor:
+        if self.mask_MT is not None:
+            self.mask_MT = torch.cat([self.mask_MT, self.mask_MT.new_ones(len(self.row_M), 1)], dim=1)
+        last_M1 = self.token_NL[self.row_M, self.generated - 1][:, None]
+        logits_MV = self._forward(last_M1, cache, self.mask_MT, self.position_M[:, None])
+        self.position_M = self.position_M + 1
+        return logits_MV
+
+    def _forward(self, ids: Tensor, cache: DynamicCache, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Logits ``[rows, V]`` of the token after ``ids``, in float32; ``cache`` grows by ``ids``."""
+        extra = {"position_ids": positions} if self.sampler.takes_positions else {}
+        out = self.sampler.module(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+            **self.sampler.last_logit_only,
+        )
+        return out.logits[:, -1].float()
+
+    def _sample(self, logits_MV: Tensor) -> Tensor:
+        """Draws one token per row and records it; returns which rows are finished by it."""
+        if self.sampler.version != (self.versions[-1][0] if self.versions else None):
+            self.versions.append((self.sampler.version, self.generated))
+        uniform_M = self.uniform_NL[self.row_M, self.generated]
+        if self.truncates:
+            logits_MV = truncate(logits_MV, self.temperature_M, self.top_k_M, self.top_p_M)
+        token_M, logp_M = draw(logits_MV, self.temperature_M, uniform_M)
+        if not logp_M.isfinite().all():
+            raise FloatingPointError(
+                f"the model of sampler {self.sampler.name!r} (version {self.sampler.version}) gives logits that are not"
+                " finite: training has diverged; lower the learning rate or clip gradients harder"
+            )
+        self.token_NL[self.row_M, self.generated] = token_M
+        self.logp_NL[self.row_M, self.generated] = logp_M
+        self.generated += 1
+        return (token_M[:, None] == self.stop_MS).any(1) | (self.max_tokens_M <= self.generated)
+
+    def _retire(self, done_M: Tensor) -> list[Completion]:
+        """Takes finished rows out of the batch and makes their completions."""
+        rows = self.row_M[done_M]
+        last_M = self.token_NL[rows, self.generated - 1]
+        stopped = (last_M[:, None] == self.stop_MS[done_M]).any(1).tolist()
+        tokens, logp = self.token_NL[rows, : self.generated].tolist(), self.logp_NL[rows, : self.generated].tolist()
+        versions = tuple(self.versions)
+        completions = [
+            Completion(self.requests[n].id, tuple(t), tuple(p), "stop" if stop else "length", versions)
+            for n, t, p, stop in zip(rows.tolist(), tokens, logp, stopped, strict=True)
+        ]
+        keep = (~done_M).nonzero()[:, 0]
+        for name in ("row_M", "max_tokens_M", "temperature_M", "top_k_M", "top_p_M", "stop_MS", "position_M"):
+            setattr(self, name, getattr(self, name)[keep])
+        if self.mask_MT is not None:
+            self.mask_MT = self.mask_MT[keep]
+        if len(keep):
+            assert self.cache is not None
+            self.cache.batch_select_indices(keep)
+        return completions
+
+
+def truncate(logits_MV: Tensor, temperature_M: Tensor, top_k_M: Tensor, top_p_M: Tensor) -> Tensor:
+    """Sets logits outside ``top_k`` and ``top_p`` to minus infinity.
+
+    ``top_k`` keeps the k largest (0: all; ties in favour of the smaller token id). Then ``top_p`` keeps the smallest
+    set of most likely tokens, under ``softmax(logits / temperature)`` renormalised over those k, whose probability
+    reaches ``top_p`` (1: all). The nucleus of "The Curious Case of Neural Text Degeneration" (arXiv 1904.09751).
+    """
+    sorted_MV, order_MV = logits_MV.sort(dim=1, descending=True, stable=True)
+    rank_V = torch.arange(logits_MV.shape[1], device=logits_MV.device)
+    beyond_k_MV = (rank_V >= top_k_M[:, None]) & (top_k_M[:, None] > 0)
+    scaled_MV = (sorted_MV / _divisor(temperature_M)[:, None]).masked_fill(beyond_k_MV, -torch.inf)
+    prob_MV = scaled_MV.softmax(dim=1, dtype=torch.float64)
+    # The mass before a token decides, so the most likely one always stays. Rounding may bring that mass to 1 before
+    # the last token: rows without a nucleus are left alone.
+    beyond_p_MV = (prob_MV.cumsum(1) - prob_MV >= top_p_M[:, None]) & (top_p_M[:, None] < 1.0)
+    beyond_p_MV[:, 0] = False
+    return logits_MV.masked_fill(
+        torch.zeros_like(beyond_k_MV).scatter(1, order_MV, beyond_k_MV | beyond_p_MV), -torch.inf
+    )
+
+
+def draw(logits_MV: Tensor, temperature_M: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by inverting the cumulative distribution at ``uniform_M`` in [0, 1); temperature 0 is greedy.
+
+    Returns:
+        Tokens (int64) and their log-probabilities (float32) under the distribution that was inverted.
+    """
+    logp_MV = (logits_MV / _divisor(temperature_M)[:, None]).log_softmax(dim=1)
+    cdf_MV = logp_MV.double().exp().cumsum(1)
+    total_M1 = cdf_MV[:, -1:]
+    # Strictly below the total, and to the right of equal values: a token of probability 0 is never chosen.
+    target_M1 = torch.minimum(uniform_M[:, None] * total_M1, torch.nextafter(total_M1, torch.zeros_like(total_M1)))
+    token_M1 = torch.searchsorted(cdf_MV, target_M1, right=True).clamp(max=logits_MV.shape[1] - 1)
+    logp_M = logp_MV.gather(1, token_M1)[:, 0]
+    greedy_M = temperature_M == 0.0
+    if not greedy_M.any():
+        return token_M1[:, 0], logp_M
+    # NaN stays NaN for greedy rows too: it is how divergence is noticed.
+    return torch.where(greedy_M, logits_MV.argmax(1), token_M1[:, 0]), torch.where(greedy_M, logp_M - logp_M, logp_M)
+
+
+def _divisor(temperature_M: Tensor) -> Tensor:
+    return torch.where(temperature_M == 0.0, 1.0, temperature_M)
+
+
+def _uniforms(requests: Sequence[Request], length: int) -> np.ndarray:
+    """``[N, length]`` numbers in [0, 1): entry ``t`` depends on the request's seed and ``t`` alone (Philox 4x64)."""
+    values = np.zeros((len(requests), length))
+    for row, request in zip(values, requests, strict=True):
+        if request.params.temperature > 0.0:
+            row[: request.params.max_tokens] = np.random.Generator(np.random.Philox(key=request.seed)).random(
+                request.params.max_tokens
+            )
+    return values
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Turns dropout and its like off, and restores each submodule's own mode."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer that appends in place, in buffers with room to spare.
+
+    Its parent concatenates at every token: that copies the whole cache, and gives back and asks for its memory each
+    time, which was seen to take most of the decoding time.
+    """
+
+    room: tuple[Tensor, Tensor]
+    """Keys and values ``[rows, heads, positions, head size]``, of which the first ``used`` positions are filled."""
+    used = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.room = (key_states[:, :, :0], value_states[:, :, :0])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.used = self.used, self.used + key_states.shape[2]
+        if self.used > self.room[0].shape[2]:
+            self.room = (self._enlarged(self.room[0], start), self._enlarged(self.room[1], start))
+        self.room[0][:, :, start : self.used] = key_states
+        self.room[1][:, :, start : self.used] = value_states
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room = (self.room[0].index_select(0, indices), self.room[1].index_select(0, indices))
+        self._show()
+
+    def _enlarged(self, old: Tensor, filled: int) -> Tensor:
+        new = old.new_empty(*old.shape[:2], self.used + max(16, self.used // 2), old.shape[3])
+        new[:, :, :filled] = old[:, :, :filled]
+        return new
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.room[0][:, :, : self.used], self.room[1][:, :, : self.used]
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _growing_cache(module: nn.Module) -> DynamicCache:
+    """The model's own kind of cache, with its plain layers (not sliding or linear ones) replaced."""
+    cache = DynamicCache(config=module.config)  # pyright: ignore[reportArgumentType]
+    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -1,0 +1,97 @@
+"""Turns a checkpoint into an ordinary Hugging Face folder: configuration, safetensors and tokenizer."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Literal, TypeAlias
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from alignment.checkpoint import Checkpoints
+from alignment.errors import UserError
+from alignment.models import load_model, save_model
+from alignment.recipe_sections import ModelConfig
+from alignment.runs import Run, resolve
+from alignment.tensorfile import digest, read_tensors
+from alignment.types import keyed_seed
+
+log = logging.getLogger(__name__)
+Form: TypeAlias = Literal["auto", "adapter", "merged"]
+
+
+def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path = "runs") -> Path:
+    """Writes the policy of a checkpoint, which is verified first, into ``folder``.
+
+    Args:
+        run: ``RUN[@step|@best]``.
+        folder: Must be empty or not exist. It appears with all its files or not at all.
+        form: ``adapter``: the LoRA adapter alone. ``merged``: whole weights, with a LoRA adapter added to them.
+            ``auto``: the adapter where there is one and its base can be loaded by path, whole weights otherwise.
+        output: Where names of runs are looked up.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UserError: There is no such run or step, ``folder`` is in use, or there is no adapter to write.
+        CheckpointDamaged: The checkpoint is not what was written.
+    """
+    source, which = resolve(run, output)
+    recipe = Run(source).read_recipe()
+    config = ModelConfig.model_validate(recipe["model"])
+    form = _form(form, config)
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is not an empty folder; choose another one, nothing is overwritten")
+    saved = Checkpoints(source / "checkpoints").load(which, log.warning)
+
+    model = load_model(config, keyed_seed(recipe["run"]["seed"], "model"))
+    load_policy(model.module, saved.path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".tmp-{target.name}-{uuid4().hex}")
+    try:
+        save_model(model, staging, merge=form == "merged")
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def policy_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What training changed of the policy, by parameter name: all weights, or those of the adapter under LoRA."""
+    return read_tensors(checkpoint / "learner" / "policy.safetensors")
+
+
+def load_policy(module: nn.Module, checkpoint: Path) -> None:
+    """Copies a checkpoint's policy into ``module``, which was loaded as the recipe of that run says.
+
+    Raises:
+        UserError: The module has other weights, or those that were not trained are not the ones of that run.
+    """
+    persistent = module.state_dict().keys()
+    own = {n: t for n, t in module.named_buffers() if n in persistent} | dict(module.named_parameters())
+    new = policy_weights(checkpoint)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    if odd := (new.keys() - own.keys()) | (trained - new.keys()):
+        raise UserError(f"{checkpoint} is of a model with other weights: {', '.join(sorted(odd)[:5])}")
+    if odd := [n for n, t in new.items() if t.shape != own[n].shape]:
+        raise UserError(f"{checkpoint} is of a model of another size: {', '.join(sorted(odd)[:5])}")
+    record = json.loads((checkpoint / "learner" / "learner.json").read_text(encoding="utf-8"))
+    if record["frozen"] != digest({name: t for name, t in own.items() if name not in new}):
+        raise UserError(f"{checkpoint} was trained on another base model: set model.path (and revision) to that one")
+    with torch.no_grad():
+        for name, tensor in new.items():
+            own[name].copy_(tensor)
+
+
+def _form(form: Form, config: ModelConfig) -> Literal["adapter", "merged"]:
+    if form == "adapter" and config.lora is None:
+        raise UserError("--adapter: the run has no model.lora, so there is no adapter; use --merged")
+    if form == "adapter" and config.path is None:
+        raise UserError("--adapter: its base was built by the recipe and is in no folder to load it from; use --merged")
+    if form == "auto":
+        return "adapter" if config.lora is not None and config.path is not None else "merged"
+    return form

@@ -1,0 +1,192 @@
+"""What a running job holds: engines, data, outputs, and what happens after each step."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from alignment.batching import collate
+from alignment.checkpoint import Checkpoints, Saved, save_state
+from alignment.durable import digest
+from alignment.engines.torch_learner import TorchLearner
+from alignment.engines.transformers_sampler import TransformersSampler
+from alignment.environments import Environment
+from alignment.evaluate import Evaluation, evaluate
+from alignment.flight import FlightRecorder, Watched
+from alignment.metrics import Phases, Record, Sink
+from alignment.models import Model, decode, stop_ids
+from alignment.recipe import OnlineStage, Recipe, Sampling, Stage
+from alignment.rollouts import Player
+from alignment.runs import Run
+from alignment.scoring import Scorer
+from alignment.signals import GracefulStop
+from alignment.types import Batch, Group, Prompt, Rollout, SamplingParams, TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """The one mutable object of a run. ``state`` is always the last *completed* step."""
+
+    recipe: Recipe
+    run: Run
+    model: Model
+    scorer: Scorer
+    checkpoints: Checkpoints
+    sink: Sink
+    stop: GracefulStop
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    demonstrations: Mapping[str, list[Rollout]]
+    state: TrainState = field(default_factory=TrainState)
+    phases: Phases = field(default_factory=Phases)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    """By run step."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock time by stage name, over all resumes."""
+    learner: TorchLearner = field(init=False)
+    sampler: TransformersSampler = field(init=False)
+    saved_step: int | None = None
+    _clock: float = field(default_factory=time.monotonic)
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.recipe.run.seed
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is under way."""
+        return self.recipe.stages[self.state.stage]
+
+    def player(self, environment: Environment) -> Player:
+        """Plays episodes of ``environment`` with the current weights."""
+        return Player(
+            self.sampler, self.model.tokenizer, environment, self.recipe.data.max_prompt_tokens, self.stop.check
+        )
+
+    def params(self, sampling: Sampling) -> SamplingParams:
+        """The sampler's parameters, with the model's own stop tokens."""
+        return sampling.params(stop_ids(self.model.tokenizer, self.model.module))
+
+    def collate(self, groups: Sequence[Group], step: int) -> Batch:
+        """The tensors of ``groups``, on the learner's device."""
+        specs = self.recipe.reward_specs
+        pad_id = self.model.tokenizer.pad_token_id
+        assert pad_id is not None, "load_model sets a padding token"
+        batch = collate(groups, pad_id, [s.column for s in specs], [s.weight for s in specs], step, self.seed)
+        return batch.to(self.learner.device)
+
+    def evaluate_if_due(self, step: int) -> Evaluation | None:
+        """Evaluates the published policy when ``step`` is due: by the cadence, and at both ends of a stage."""
+        config = self.recipe.evaluation
+        ends = self.state.stage_step + 1 >= self.stage.steps
+        due = step == self.state.step or ends or (config.every and step % config.every == 0)
+        if not self.held_out or not due or step in self.evaluations:
+            return None
+        with self.phases("evaluate"):
+            found = evaluate(
+                self.player(self.recipe.evaluation_environment),
+                self.scorer,
+                self.held_out,
+                self.params(config.sampling),
+                config.samples,
+                self.seed,
+                self.recipe.scoring.max_failed_share,
+            )
+        self.evaluations[step] = found
+        stage_step = self.state.stage_step + (step - self.state.step)
+        self.sink.log(self._record(step, stage_step, "eval", found.flat()))
+        return found
+
+    def record_batch(
+        self, state: TrainState, batch: Batch, watched: Watched, states: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Keeps the batch for ``align replay``."""
+        if keep := self.recipe.run.flight_steps:
+            recorder = FlightRecorder(self.run.flight, keep, lambda i: decode(self.model.tokenizer, [i]))
+            recorder.record(batch, watched, states, state.stage, state.step, metrics)
+
+    def finish_step(
+        self, state: TrainState, metrics: Mapping[str, float], groups: Sequence[Group] = ()
+    ) -> TrainState:
+        """Counts, logs and, when due, saves a completed step; then stops if a stop was asked for.
+
+        Returns:
+            ``state`` with its counters moved on.
+
+        Raises:
+            Stopped: By Ctrl-C or SIGTERM, once the step is complete.
+        """
+        verdicts = sum(r.scored for g in groups for r in g.rollouts)
+        name = f"verdicts/{self.stage.name}"
+        self.state = state = replace(
+            state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts} if groups else state.counters
+        )
+        self._tick()
+        timed = self.phases.take(int(metrics.get("tokens", 0)))
+        self.sink.log(self._record(state.step, state.stage_step, "train", {**metrics, **timed}))
+        if groups:
+            self.sink.rollouts(state.step, self.stage.name, groups)
+        if self._save_due():
+            self.save()
+        self.stop.check()
+        return state
+
+    def labels(self, stage: int) -> dict[str, int]:
+        """What a stage learned from: demonstrations it was shown, or verdicts on its own rollouts."""
+        config = self.recipe.stages[stage]
+        if isinstance(config, OnlineStage):
+            return {"right-or-wrong verdicts": int(self.state.counters.get(f"verdicts/{config.name}", 0))}
+        shown = sum(len(rollouts) for rollouts in self.demonstrations.values())
+        return {"demonstrations": min(shown, config.steps * config.batch_size)}
+
+    def resume(self, saved: Saved) -> None:
+        """Takes back what the checkpoint says beside learner and state."""
+        self.saved_step = saved.step
+        self.seconds = dict(saved.meta["seconds"])
+        for step, found in saved.meta["evaluations"].items():
+            self.evaluations[int(step)] = Evaluation(**{**found, "interval": tuple(found["interval"])})
+
+    def save(self) -> None:
+        """Publishes a checkpoint of the last completed step, once."""
+        if self.saved_step == self.state.step:
+            return
+        with self.phases("save"):
+            self._tick()
+            evaluations = {
+                str(step): {**asdict(e), "interval": list(e.interval)} for step, e in self.evaluations.items()
+            }
+            meta = {"seconds": self.seconds, "evaluations": evaluations}
+            about = {"config_hash": digest(self.recipe.resolved()), "world_size": 1}
+            self.checkpoints.save(self.state.step, self._write, {**meta, **about})
+        if self._is_best():
+            self.checkpoints.mark_best(self.state.step, self.evaluations[self.state.step].accuracy)
+        self.saved_step = self.state.step
+
+    def _write(self, folder: Any) -> None:
+        self.learner.save(folder / "learner")
+        save_state(folder, self.state)
+
+    def _save_due(self) -> bool:
+        every = self.recipe.run.save_every
+        ends = self.state.stage_step >= self.stage.steps
+        return ends or bool(every and self.state.step % every == 0) or self._is_best()
+
+    def _is_best(self) -> bool:
+        """Whether the newest step is the best evaluated one of its stage and the ones before."""
+        here = self.evaluations.get(self.state.step)
+        others = [e.accuracy for step, e in self.evaluations.items() if step != self.state.step]
+        return here is not None and here.accuracy > max(others, default=-1.0)
+
+    def _record(self, step: int, stage_step: int, kind: Any, metrics: Mapping[str, float]) -> Record:
+        stage = self.stage
+        return Record(step, stage.name, stage_step, stage.steps, metrics, kind)
+
+    def _tick(self) -> None:
+        """Adds the time since the last tick to the stage's."""
+        now = time.monotonic()
+        self.seconds[self.stage.name] = self.seconds.get(self.stage.name, 0.0) + now - self._clock
+        self._clock = now

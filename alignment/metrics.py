@@ -1,0 +1,237 @@
+"""What a run says of itself: records, the sinks that receive them, the summary of a batch, and phase timers.
+
+A sink is any object with the five methods of :class:`Sink`; ``alignment.train(recipe, sinks=[...])`` adds
+the user's own.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+from alignment.types import Group
+
+NOT_TRAINING = ("evaluate", "save")
+"""Phases that do not count in tokens per second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The metrics of one step, or of one evaluation."""
+
+    step: int
+    """Optimizer batches so far over the whole run."""
+    stage: str
+    stage_step: int
+    stage_steps: int
+    metrics: Mapping[str, float]
+    """By name. NaN and infinities are allowed; strict JSON writes them as null."""
+    kind: Literal["train", "eval"] = "train"
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Receives what a run reports. All calls come from one thread, in the order of this class."""
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Before the first step.
+
+        Args:
+            run: ``name``, ``folder``, ``recipe`` (resolved, JSON values), ``stages`` (a list of ``{name, stage,
+                steps}``) and ``resumed_from`` (the step of the checkpoint, or None).
+        """
+        ...
+
+    def log(self, record: Record) -> None:
+        """After each step and each evaluation."""
+        ...
+
+    def rollouts(self, step: int, stage: str, groups: Sequence[Group]) -> None:
+        """Every ``run.rollouts_every`` online steps: all groups that were sampled for it, scored."""
+        ...
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Once, with what :func:`build_result` made, when the run is complete or stops early."""
+        ...
+
+    def close(self) -> None:
+        """Always, also after an error; may be called twice."""
+        ...
+
+
+class Sinks:
+    """Forwards to several sinks. A context manager that closes them all, even if one of them fails to close."""
+
+    def __init__(self, sinks: Iterable[Sink]) -> None:
+        self.members = tuple(sinks)
+        for sink in self.members:
+            if not isinstance(sink, Sink):
+                raise TypeError(f"{type(sink).__name__} is no sink: it needs start, log, rollouts, finish and close")
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        for sink in self.members:
+            sink.start(run)
+
+    def log(self, record: Record) -> None:
+        for sink in self.members:
+            sink.log(record)
+
+    def rollouts(self, step: int, stage: str, groups: Sequence[Group]) -> None:
+        for sink in self.members:
+            sink.rollouts(step, stage, groups)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        for sink in self.members:
+            sink.finish(result)
+
+    def close(self) -> None:
+        with ExitStack() as stack:  # closes every one, then raises what the first to fail raised
+            for sink in self.members:
+                stack.callback(sink.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None) -> dict[str, float]:
+    """The metrics of the rollouts that were sampled for one step; a mean over nothing is NaN.
+
+    Args:
+        groups: All of them, before any filter. Demonstrations among the rollouts are left out.
+        dropped: How many of the groups were left out of the update, by the component that dropped them.
+
+    Returns:
+        ``reward`` and ``reward_std`` over scored rollouts; ``accuracy`` by the first component, where it gave a
+        value; ``reward/<component>``, the mean where it applies; ``status/<status>``, the scores with that status;
+        ``unscored`` and ``truncated``, shares of the rollouts; ``length`` and ``length_max`` in tokens;
+        ``zero_variance``, the share of groups whose scored rewards are all equal, so that nothing is learned from
+        them; ``dropped/<component>`` and ``dropped_groups``; the counts ``groups``, ``rollouts`` and
+        ``completion_tokens`` (observations included).
+    """
+    dropped = dropped or {}
+    rollouts = [r for g in groups for r in g.rollouts if r.source != "demonstration"]
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    lengths = [len(r.token_ids) for r in rollouts]
+    metrics: dict[str, float] = {
+        "reward": _mean(rewards),
+        "reward_std": statistics.pstdev(rewards) if rewards else math.nan,
+        "accuracy": _mean([float(r.correct) for r in rollouts if r.correct is not None]),
+        "unscored": _mean([float(not r.scored) for r in rollouts]),
+        "truncated": _mean([float(r.finish_reason == "length") for r in rollouts]),
+        "length": _mean(lengths),
+        "length_max": max(lengths, default=0),
+        "zero_variance": _mean([float(len(set(g.rewards)) <= 1) for g in groups]),
+        "dropped_groups": sum(dropped.values()),
+        "groups": len(groups),
+        "rollouts": len(rollouts),
+        "completion_tokens": sum(lengths),
+    }
+    metrics |= {f"dropped/{name}": count for name, count in dropped.items()}
+    values: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, score in rollout.scores.items():
+            applicable = values.setdefault(name, [])
+            if score.value is not None:
+                applicable.append(score.value)
+            metrics[f"status/{score.status}"] = metrics.get(f"status/{score.status}", 0) + 1
+    return metrics | {f"reward/{name}": _mean(of) for name, of in values.items()}
+
+
+@dataclass
+class Phases:
+    """Adds up the seconds of each phase of a step: ``with phases("sample"): ...``."""
+
+    clock: Callable[[], float] = time.perf_counter
+    seconds: dict[str, float] = field(default_factory=dict)
+    since: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since = self.clock()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - start
+
+    def flush(self, tokens: int = 0) -> dict[str, float]:
+        """``time/<phase>`` since the last call, ``time/total``, and ``tokens_per_s`` without evaluation and saving."""
+        now = self.clock()
+        total, self.since = now - self.since, now
+        phases, self.seconds = self.seconds, {}
+        metrics = {f"time/{name}": s for name, s in phases.items()} | {"time/total": total}
+        working = total - sum(phases.get(name, 0.0) for name in NOT_TRAINING)
+        if tokens and working > 0:
+            metrics["tokens_per_s"] = tokens / working
+        return metrics
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """One stage as ``result.json`` and the final table show it.
+
+    ``before`` and ``after`` are evaluations: ``{accuracy, interval: [low, high], n}``, or None where none was made.
+    ``labels`` counts what the stage learned from, such as ``{"demonstrations": 400}``.
+    """
+
+    name: str
+    stage: str
+    steps: int
+    seconds: float
+    labels: Mapping[str, int]
+    before: Mapping[str, Any] | None = None
+    after: Mapping[str, Any] | None = None
+
+
+def build_result(
+    *,
+    status: Literal["complete", "interrupted"],
+    stages: Sequence[StageResult],
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    best: Mapping[str, Any] | None,
+    folder: Path,
+    files: Mapping[str, str],
+) -> dict[str, Any]:
+    """What ``result.json`` holds: JSON values only.
+
+    Args:
+        status: How the run ended.
+        stages: Those that were started, in order.
+        before: The evaluation that the run is measured against.
+        after: The last one.
+        best: Step and accuracy of the best checkpoint.
+        folder: The run's folder.
+        files: What was written: path inside the folder, and what it is.
+    """
+    return {
+        "status": status,
+        "stages": [
+            {
+                "name": s.name,
+                "stage": s.stage,
+                "steps": s.steps,
+                "seconds": round(s.seconds, 3),
+                "labels": dict(s.labels),
+                "eval": {"before": s.before and dict(s.before), "after": s.after and dict(s.after)},
+            }
+            for s in stages
+        ],
+        "eval": {"before": before and dict(before), "after": after and dict(after)},
+        "best": best and dict(best),
+        "folder": str(folder),
+        "files": dict(files),
+    }

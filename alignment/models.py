@@ -1,0 +1,331 @@
+"""Models: built small or loaded from a folder or hub id, with an adapter if asked, and saved as ordinary folders.
+
+transformers and peft are imported when a model is made, so a recipe can be checked without them.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from alignment.recipe_sections import Build, Lora, ModelConfig
+
+HUB_TIMEOUT_S = 5.0
+PAD, EOS = "<pad>", "<eos>"
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    pad_token_id: int | None
+    eos_token_id: int | None
+    chat_template: Any
+
+    encode: Callable[..., list[int]]
+    decode: Callable[..., str]
+    get_vocab: Callable[[], dict[str, int]]
+    apply_chat_template: Callable[..., Any]
+    save_pretrained: Callable[..., Any]
+
+
+@dataclass
+class Model:
+    """A causal language model of transformers (inside a ``PeftModel`` under LoRA) and its tokenizer."""
+
+    module: nn.Module
+    tokenizer: Tokenizer
+    name: str
+
+
+def load_model(config: "ModelConfig", seed: int) -> Model:
+    """Builds or loads a model, in evaluation mode on the CPU. Global random state is neither used nor changed.
+
+    Args:
+        config: Which model.
+        seed: Determines every weight that is not loaded: a built model, or an adapter.
+
+    Raises:
+        UserError: The folder, the tokenizer or weights are missing or do not fit together, the hub cannot be reached
+            or has no such model, or LoRA's targets are not in the model.
+    """
+    if (config.path is None) == (config.build is None):
+        raise UserError("model: give one of 'path' (a folder or a hub id) and 'build' (a new small model)")
+    with _seeded(seed), _no_progress_bars():
+        model = _build(config, config.build) if config.build else _load(config, str(config.path))
+        if config.lora:
+            model.module = _adapt(model.module, config.lora, config.revision)
+    model.module.eval()
+    return model
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[int, ...]:
+    """Tokens of ``prompt``: text as it stands, chat messages through the chat template up to the assistant's turn.
+
+    Raises:
+        UserError: Messages without a chat template, or a character that a character-level model does not know.
+    """
+    if not isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            raise UserError(
+                "the prompt is a list of chat messages, but the tokenizer has no chat template: give prompts as text,"
+                " or put a chat_template.jinja beside the tokenizer"
+            )
+        return tuple(
+            tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
+        )
+    try:
+        return tuple(tokenizer.encode(prompt, add_special_tokens=False))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        alphabet = "".join(token for token in tokenizer.get_vocab() if token not in (PAD, EOS))
+        unknown = [repr(c) for c in dict.fromkeys(prompt) if c not in alphabet]
+        if not unknown:
+            raise
+        raise UserError(
+            f"the model does not know {', '.join(unknown)} in {prompt!r}: its alphabet is {alphabet!r}; change the data"
+            " or model.build.alphabet"
+        ) from error
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of ``ids`` without special tokens; spaces stay as they were generated."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def stop_ids(tokenizer: Tokenizer, module: nn.Module) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's end of sequence first, then others that the model declares."""
+    found = [tokenizer.eos_token_id]
+    for source in (getattr(module, "generation_config", None), module.config):
+        declared = getattr(source, "eos_token_id", None)
+        found += declared if isinstance(declared, (list, tuple)) else [declared]
+    size = _embedding_rows(module)  # a configuration may name a token of the vocabulary it was copied from
+    return tuple(dict.fromkeys(int(i) for i in found if i is not None and i < size))
+
+
+def save_model(model: Model, folder: str | Path, merge: bool = True) -> None:
+    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load. The model itself is not changed.
+
+    Args:
+        model: What to save.
+        folder: Is made if need be.
+        merge: Whole weights, a LoRA adapter added to them. Otherwise the adapter alone; its base is then loaded from
+            where it was.
+
+    Raises:
+        UserError: ``merge`` is off, and there is no adapter, or its base has no place to be loaded from.
+    """
+    module: Any = model.module
+    adapted = hasattr(module, "get_base_model")
+    with _no_progress_bars():
+        if not merge:
+            if not adapted:
+                raise UserError("the model has no LoRA adapter to save; save the whole weights (merged)")
+            if not module.active_peft_config.base_model_name_or_path:
+                raise UserError("the adapter's base was built, so there is nowhere to load it from; save it merged")
+            module.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the hub
+        elif adapted:
+            module.get_base_model().save_pretrained(folder, state_dict=_merged_weights(module))
+        else:
+            module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+
+
+def _merged_weights(module: Any) -> dict[str, Tensor]:
+    """Weights under the base model's names, each adapted one with ``alpha / rank * B A`` added.
+
+    peft's own ``merge_adapter`` changes the model, and taking the update off again does not give the same bits.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = module.get_base_model()
+    layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
+    adapters = tuple(f"{name}.lora_" for name in layers)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in base.state_dict().items():
+        if name.startswith(adapters):
+            continue
+        owner, inner, parameter = name.rpartition(".base_layer.")
+        if inner and parameter == "weight":
+            delta = layers[owner].get_delta_weight(module.active_adapter).detach()
+            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
+        weights[f"{owner}.{parameter}" if inner else name] = tensor.contiguous()
+    return weights
+
+
+def _build(config: "ModelConfig", build: "Build") -> Model:
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    tokenizer = _character_tokenizer(build.alphabet)
+    make = {"qwen3": Qwen3Config, "llama": LlamaConfig}[build.architecture]
+    architecture = make(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=build.hidden_size,
+        num_hidden_layers=build.layers,
+        num_attention_heads=build.heads,
+        num_key_value_heads=build.kv_heads,
+        head_dim=build.hidden_size // build.heads,
+        intermediate_size=build.intermediate_size,
+        max_position_embeddings=build.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    module = AutoModelForCausalLM.from_config(
+        architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+    )
+    return Model(module, tokenizer, f"{build.architecture}-{build.layers}x{build.hidden_size}")
+
+
+def _character_tokenizer(alphabet: str) -> Tokenizer:
+    """One token per character. It has no token for unknown characters, so encoding one fails."""
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate((PAD, EOS, *alphabet))}
+    assert len(vocabulary) == len(alphabet) + 2, "checking a recipe refuses a repeated character"
+    fast = FastTokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))  # not in the vocabulary
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    fast.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token=PAD, eos_token=EOS)
+    return tokenizer
+
+
+def _load(config: "ModelConfig", path: str) -> Model:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, local_only = _locate(path, config.revision)
+    options: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": local_only,
+    }
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        module, loaded = load(
+            place,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            output_loading_info=True,
+            **options,
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model.path {path}: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"model.path {path}: {len(missing)} weights are not in it: {', '.join(missing[:5])}")
+    _check_tokenizer(tokenizer, _embedding_rows(module), path)
+    return Model(module, tokenizer, Path(path).name)
+
+
+def _locate(path: str, revision: str | None) -> tuple[str, bool]:
+    """What to hand to transformers for ``path``, and whether it must not look on the hub."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"model.path: there is no folder {folder.absolute()}")
+        return path, _on_hub(path, revision)
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        remedy = "it holds a LoRA adapter: merge it into its base first" if adapter else "is it a saved model?"
+        raise UserError(f"model.path: {folder} has no config.json; {remedy}")
+    names = ("tokenizer*", "vocab*", "*.model")
+    # Without these files transformers would make up an empty tokenizer.
+    if not any(True for name in names for _ in folder.glob(name)):
+        raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(folder)")
+    return str(folder.resolve()), True
+
+
+def _on_hub(path: str, revision: str | None) -> bool:
+    """Asks the hub once. True: it cannot be reached, but the model was downloaded before.
+
+    transformers on its own tries again and again for most of a minute before it says so.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        huggingface_hub.HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)
+        return False
+    except HFValidationError as error:
+        raise UserError(f"model.path: {path!r} is neither a folder nor a hub id: {error}") from error
+    except Exception as error:  # network errors are of the HTTP library that this version of huggingface_hub uses
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise UserError(f"model.path: {path!r} is no folder, and the hub says: {error}") from error
+        if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision), str):
+            return True
+        raise UserError(
+            f"model.path: {path!r} is no folder here, was not downloaded before, and the hub cannot be reached"
+            f" ({error}); copy the model onto this machine and give the path of its folder"
+        ) from error
+
+
+def _check_tokenizer(tokenizer: Tokenizer, rows: int, path: str) -> None:
+    """Refuses a tokenizer that does not fit the model; gives it a padding token if it has none."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        raise UserError(f"model.path {path}: its tokenizer has no tokens")
+    if largest >= rows:
+        raise UserError(
+            f"model.path {path}: the tokenizer has token {largest}, but the model's embedding has {rows} rows; they do"
+            " not belong together"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path {path}: its tokenizer has no eos token, so no completion would ever end; set one")
+    if tokenizer.pad_token_id is None:
+        warnings.warn(f"{path}: the tokenizer has no pad token; its eos token is used for padding", stacklevel=2)
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+
+
+def _adapt(module: nn.Module, lora: "Lora", revision: str | None) -> nn.Module:
+    import peft
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    options = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] (any number does)
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        revision=revision,
+    )
+    try:
+        return peft.get_peft_model(module, options)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        linear = {name.rpartition(".")[2] for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+        raise UserError(f"model.lora.targets: {error} Its linear layers: {', '.join(sorted(linear))}") from error
+
+
+def _embedding_rows(module: Any) -> int:
+    return module.get_input_embeddings().weight.shape[0]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers of the CPU from ``seed``; afterwards the global generator is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

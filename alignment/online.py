@@ -1,0 +1,73 @@
+"""Online reinforcement learning (GRPO, RLOO, REINFORCE++, ...): one loop, read it top to bottom."""
+
+from dataclasses import replace
+
+from alignment.algorithms.credit import credit
+from alignment.algorithms.objective import Objective
+from alignment.algorithms.state import observe
+from alignment.collect import Collector, prefetch, staleness
+from alignment.engines.publish import publish
+from alignment.engines.roles import handles
+from alignment.flight import Watched
+from alignment.job import Job
+from alignment.metrics import summarise
+from alignment.offline import supervise
+from alignment.recipe import OnlineStage
+from alignment.types import Context, Signals, TrainState
+
+
+def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
+    """Samples, scores, credits, updates and publishes until the stage's steps are done.
+
+    Args:
+        job: Engines, data and outputs.
+        stage: Components and sizes.
+        state: Where the stage stands, ``stage_step`` 0 for a fresh one.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
+        UserError: A batch could not be filled, or too many rewards failed.
+    """
+    algorithm, learner, phases = stage.algorithm, job.learner, job.phases
+    components = stage.components()
+    collector = Collector(
+        player=job.player(stage.environment),
+        scorer=job.scorer,
+        prompts=job.prompts,
+        curricula=stage.curricula,
+        prompts_per_step=stage.prompts_per_step,
+        group_size=stage.group_size,
+        params=job.params(stage.sampling),
+        max_failed_share=job.recipe.scoring.max_failed_share,
+        seed=job.seed,
+        roles=handles(learner.roles),
+        phases=phases,
+    )
+    publish(learner, job.sampler, state.step)
+
+    for sealed in prefetch(collector, lambda: job.state, stage.max_staleness):
+        states, context = sealed.state.components, Context(sealed.state.step, job.seed, collector.roles)
+        objective = Watched(Objective.of(algorithm, states))
+        slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.demonstrations, context)
+        with phases("annotate"):
+            needs = objective.needs(staleness=staleness(slots["rl"], sealed.state.step)) | algorithm.needs
+            batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
+        batch = credit(batch, algorithm, states)
+        with phases("update"):
+            metrics = learner.update(batch, objective)
+            for slot in sorted(slots.keys() - {"rl"}):
+                metrics |= supervise(job, slots[slot], sealed.state.step, slot)
+        with phases("publish"):
+            publish(learner, job.sampler, sealed.state.step + 1)
+        evaluation = job.evaluate_if_due(sealed.state.step + 1)
+        signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
+        states = observe(components, states, signals)
+        state = replace(sealed.state.next_step(), components=states)
+        job.record_batch(state, batch, objective, sealed.state.components, metrics)
+        state = job.finish_step(state, metrics | summarise(sealed.sampled, sealed.dropped), sealed.sampled)
+        if state.stage_step >= stage.steps:
+            break
+    return state

@@ -1,0 +1,305 @@
+"""The recipe: what a user writes, as typed, frozen records. :func:`load` turns YAML files into one.
+
+A recipe is light: it holds components and engine options, no model, no engine and no data. Those are built by
+:func:`alignment.train`.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
+from pydantic_core import to_json
+
+from alignment.algorithms.aggregations import Aggregation, aggregations
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.objective import Objective
+from alignment.curricula import Curriculum, places, with_selector
+from alignment.curricula import curricula as curriculum_registry
+from alignment.engines.config import Cluster, SamplerConfig, clusters, samplers
+from alignment.engines.learner_config import LearnerConfig, learners
+from alignment.environments import Environment, environments
+from alignment.recipe_checks import conflicts, secrets
+from alignment.recipe_errors import problems_of, without
+from alignment.recipe_imports import import_problems
+from alignment.recipe_sections import (
+    Build,
+    Choice,
+    Count,
+    Data,
+    Evaluation,
+    Label,
+    Lora,
+    ModelConfig,
+    RewardChoice,
+    Run,
+    Sampling,
+    Scoring,
+    Section,
+)
+from alignment.recipe_tree import Mark, Node, Place, Problem, RecipeError, mark_of, merge, plain
+from alignment.recipe_values import differences, plain_values
+from alignment.recipe_yaml import parse_override, read_file
+from alignment.registry import Registry, component
+from alignment.reward_registry import RewardSpec
+
+
+def _default(registry: Registry[Any], name: str) -> Any:
+    return Field(default_factory=lambda: registry.build(name))
+
+
+class SftStage(Section):
+    """Supervised fine-tuning on ``data.demonstrations``."""
+
+    stage: Literal["sft"] = "sft"
+    name: Label = "sft"
+    steps: Count
+    batch_size: Count = 32
+    """Demonstrations in a step."""
+    aggregation: Annotated[Aggregation, component(aggregations)] = _default(aggregations, "token_mean")
+    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
+    """Evaluates."""
+    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
+    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps in a step."""
+        return 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Never."""
+        return False
+
+    def components(self) -> dict[str, Any]:
+        """None of its components has a state."""
+        return {}
+
+    def objective(self) -> Objective:
+        """The negative log-likelihood."""
+        return Objective.supervised(self.aggregation)
+
+
+class OnlineStage(Section):
+    """Online reinforcement learning on ``data.train``."""
+
+    stage: Literal["online"] = "online"
+    name: Label = "rl"
+    steps: Count
+    prompts_per_step: Count = 32
+    group_size: Count = 8
+    """Completions of each prompt."""
+    sampling: Sampling = Sampling()
+    environment: Annotated[Environment, component(environments)] = _default(environments, "single_turn")
+    curricula: tuple[Annotated[Curriculum, component(curriculum_registry)], ...] = Field(
+        default_factory=lambda: (curriculum_registry.build("uniform"),)
+    )
+    algorithm: Algorithm = Field(default_factory=Algorithm)
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Policy versions that a rollout may be behind the policy it trains."""
+    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
+    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
+    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
+
+    @field_validator("curricula")
+    @classmethod
+    def _select_first(cls, value: tuple[Curriculum, ...]) -> tuple[Curriculum, ...]:
+        return with_selector(value)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps in a step."""
+        return self.algorithm.epochs * self.algorithm.minibatches
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any component compares the policy with a reference."""
+        return "reference" in self.algorithm.needs
+
+    def components(self) -> dict[str, Any]:
+        """Its components by their place, the key of their state."""
+        return {**places(self.curricula), **self.algorithm.components()}
+
+
+Stage = SftStage | OnlineStage
+STAGES = Choice(
+    "stage", "stages", {"sft": SftStage, "online": OnlineStage}, later=("preference", "value", "reward_model")
+)
+
+
+class Recipe(Section):
+    """Everything that determines a run."""
+
+    plugins: tuple[str, ...] = ()
+    """Modules imported first: they register components."""
+    run: Run
+    model: ModelConfig
+    data: Data = Data()
+    rewards: tuple[Annotated[Any, BeforeValidator(RewardChoice())], ...] = ()
+    """The first one decides whether a rollout is correct."""
+    scoring: Scoring = Scoring()
+    evaluation: Evaluation = Evaluation()
+    stages: Annotated[tuple[Annotated[Stage, BeforeValidator(STAGES)], ...], Field(min_length=1)]
+
+    _root: Node | None = PrivateAttr(default=None)
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _plugin_folders: tuple[Path, ...] = PrivateAttr(default=())
+
+    def __eq__(self, other: object) -> bool:
+        """Where a recipe was read from does not count."""
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the first file: relative paths of data files start here, and modules in it can be imported."""
+        return self._folder
+
+    @property
+    def evaluation_environment(self) -> Environment:
+        """The environment that evaluations play: the first online stage's."""
+        online = next((s for s in self.stages if isinstance(s, OnlineStage)), None)
+        return online.environment if online else environments.build("single_turn")
+
+    def wants(self, sink: str) -> bool:
+        """Whether ``run.sinks`` names ``sink``."""
+        return any(s.name == sink for s in self.run.sinks)
+
+    @property
+    def plugin_folders(self) -> tuple[Path, ...]:
+        """Folders that every process of the run adds to the end of ``sys.path``."""
+        return self._plugin_folders
+
+    @property
+    def reward_specs(self) -> tuple[RewardSpec, ...]:
+        """The reward columns, typed."""
+        return self.rewards
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe with every default, as JSON values; :func:`load` reads it back to an equal recipe."""
+        return plain_values(self)
+
+    def error(self, place: Place, message: str) -> RecipeError:
+        """An error about the value at ``place``, with its file and line."""
+        assert self._root is not None, "the recipe was loaded from files"
+        return RecipeError([Problem(mark_of(self._root, place), place, message)])
+
+
+def load(paths: Sequence[Path | str], overrides: Sequence[str] = (), beside: Path | None = None) -> Recipe:
+    """The recipe that files and overrides describe.
+
+    Files merge from left to right and overrides come last: mappings merge key by key, anything else replaces. The
+    recipe's plugins are imported first, so that they can register components.
+
+    Args:
+        paths: YAML files.
+        overrides: ``a.b=c`` texts; the value is YAML and ``stages.0.steps`` reaches into a list.
+        beside: Where relative paths start and modules are found, if not at the first file: a run folder's copy of a
+            recipe has neither its data nor its modules beside it.
+
+    Raises:
+        RecipeError: Every mistake, each with the file and line, or the override, that made it.
+    """
+    root = _read([Path(path) for path in paths], overrides)
+    folders = tuple(dict.fromkeys(Path(path).resolve().parent for path in paths))
+    folders = (beside.resolve(),) if beside is not None else folders
+    found = secrets(root)
+    hidden = {problem.place for problem in found}
+    found += import_problems(root, folders)
+    recipe, more = _validate(plain(root), root)
+    found += [problem for problem in more if problem.place not in hidden]
+    if found:
+        order = {str(path): index for index, path in enumerate(paths)}
+        raise RecipeError(sorted(found, key=lambda p: (order.get(p.mark.source, len(order)), p.mark.line or 0)))
+    assert recipe is not None
+    recipe._root, recipe._folder, recipe._plugin_folders = root, folders[0], folders
+    return recipe
+
+
+def _read(paths: Sequence[Path], overrides: Sequence[str]) -> Node:
+    """All files and overrides as one tree, the run named after the first file if nobody names it."""
+    if not paths:
+        raise RecipeError([Problem(Mark("recipe"), (), "give at least one file")])
+    layers: list[Node] = []
+    problems: list[Problem] = []
+    for read, items in ((read_file, paths), (parse_override, overrides)):
+        for item in items:
+            try:
+                layers.append(read(item))  # pyright: ignore[reportArgumentType]
+            except RecipeError as error:
+                problems += error.problems
+    root = layers[0] if layers else None
+    for layer in layers[1:] if not problems else ():
+        try:
+            assert root is not None
+            root = merge(root, layer)
+        except RecipeError as error:
+            problems += error.problems
+    if problems or root is None:
+        raise RecipeError(problems)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", paths[0].stem).lstrip("._-")[:100] or "run"
+    named = Node({"run": Node({"name": Node(stem, root.mark)}, root.mark)}, root.mark)
+    run = root.value.get("run")
+    return root if run is not None and not isinstance(run.value, dict) else merge(named, root)
+
+
+def _validate(data: Any, root: Node) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, or its problems. What is wrong by itself is left out so that the rest is checked all the same."""
+    problems: list[Problem] = []
+    removed: list[Place] = []
+    for _ in range(4):
+        try:
+            recipe = Recipe.model_validate_json(to_json(data, inf_nan_mode="constants"), strict=True)
+        except ValidationError as error:
+            fresh = problems_of(error.errors(), root, data, Recipe)
+            problems = problems or fresh
+            wrong = [problem.place if problem.place not in removed else problem.place[:-1] for problem in fresh]
+            if any(len(place) <= 1 or place[:1] == ("stages",) and len(place) == 2 for place in wrong):
+                return None, problems
+            removed += wrong
+            data = without(data, wrong)
+            continue
+        recipe = _with_evaluation_sampling(recipe)
+        touched = [place[:-1] if isinstance(place[-1], int) else place for place in removed]
+        for conflict in conflicts(recipe):
+            about = (conflict.place, *conflict.because)
+            if not any(_overlap(place, other) for place in about for other in touched):
+                problems.append(Problem(mark_of(root, conflict.place), conflict.place, conflict.message))
+        return (None if problems else recipe), problems
+    return None, problems
+
+
+def _overlap(place: Place, other: Place) -> bool:
+    length = min(len(place), len(other))
+    return place[:length] == other[:length]
+
+
+def _with_evaluation_sampling(recipe: Recipe) -> Recipe:
+    """Evaluation samples as the first online stage does unless the recipe says otherwise."""
+    online = next((stage for stage in recipe.stages if isinstance(stage, OnlineStage)), None)
+    if online is None or "sampling" in recipe.evaluation.model_fields_set:
+        return recipe
+    evaluation = recipe.evaluation.model_copy(update={"sampling": online.sampling})
+    return recipe.model_copy(update={"evaluation": evaluation})
+
+
+__all__ = [
+    "Build",
+    "Data",
+    "Evaluation",
+    "Lora",
+    "ModelConfig",
+    "OnlineStage",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "Sampling",
+    "Scoring",
+    "SftStage",
+    "Stage",
+    "differences",
+    "load",
+]

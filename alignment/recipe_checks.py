@@ -1,0 +1,202 @@
+"""Mistakes that no single value shows: combinations that cannot work, and secrets. Found before anything starts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignment.algorithms.advantages import advantages
+from alignment.algorithms.state import needs_of
+from alignment.recipe_tree import Node, Place, Problem, walk
+from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
+
+if TYPE_CHECKING:
+    from alignment.recipe import OnlineStage, Recipe
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Values that do not go together. ``because`` are the other places that it is about."""
+
+    place: Place
+    message: str
+    because: tuple[Place, ...] = ()
+
+
+def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+    """Everything in a well-formed recipe that cannot work."""
+    yield from _model(recipe)
+    yield from _names(recipe)
+    for index, stage in enumerate(recipe.stages):
+        place: Place = ("stages", index)
+        if stage.stage == "sft":
+            if recipe.data.demonstrations is None:
+                yield Conflict(place, "a stage 'sft' needs data.demonstrations", (("data",),))
+        else:
+            yield from _online(recipe, stage, place)
+            yield from _sizes(recipe, stage, place)
+            yield from _needs(recipe, stage, place)
+
+
+def secrets(root: Node) -> list[Problem]:
+    """Values that look like credentials. Their text is never shown."""
+    return [
+        Problem(
+            node.mark,
+            place,
+            "looks like a secret, and recipes are copied to run folders and trackers: remove it here and set it in "
+            "the environment (HF_TOKEN, WANDB_API_KEY, ...)",
+        )
+        for place, node in walk(root)
+        if isinstance(node.value, str) and node.value and _is_secret(place, node.value)
+    ]
+
+
+def nearest(number: int, candidates: Sequence[int]) -> str:
+    """The candidates around ``number``, for an error's remedy."""
+    below = [c for c in candidates if c < number][-1:]
+    above = [c for c in candidates if c > number][:1]
+    return " or ".join(str(c) for c in below + above)
+
+
+def _is_secret(place: Place, value: str) -> bool:
+    named = bool(place) and isinstance(place[-1], str) and SECRET_KEY.search(place[-1]) is not None
+    return named or SECRET_VALUE.search(value) is not None
+
+
+def _model(recipe: "Recipe") -> Iterator[Conflict]:
+    model, build = recipe.model, recipe.model.build
+    if (model.path is None) == (build is None):
+        given = "neither is given" if build is None else "both are given"
+        yield Conflict(("model",), f"takes one of 'path' (a folder or a hub id) and 'build' (a new model); {given}")
+    if build is None:
+        return
+    place: Place = ("model", "build")
+    if len(set(build.alphabet)) < len(build.alphabet):
+        twice = sorted({c for c in build.alphabet if build.alphabet.count(c) > 1})
+        yield Conflict((*place, "alphabet"), f"each character once; given twice: {' '.join(map(repr, twice))}")
+    if build.hidden_size % build.heads or (build.hidden_size // build.heads) % 2:
+        near = nearest(
+            build.hidden_size, range(2 * build.heads, build.hidden_size + 2 * build.heads + 1, 2 * build.heads)
+        )
+        message = f"{build.hidden_size} must be an even number for each of {build.heads} heads: {near} would do"
+        yield Conflict((*place, "hidden_size"), message, ((*place, "heads"),))
+    if build.heads % build.kv_heads:
+        fits = [n for n in range(1, build.heads + 1) if build.heads % n == 0]
+        message = f"{build.kv_heads} does not divide heads ({build.heads}): {', '.join(map(str, fits))} would do"
+        yield Conflict((*place, "kv_heads"), message, ((*place, "heads"),))
+    lengths = [(("evaluation", "sampling"), recipe.evaluation.sampling.max_tokens)]
+    online = ((i, s) for i, s in enumerate(recipe.stages) if s.stage == "online")
+    lengths = [(("stages", i, "sampling"), s.sampling.max_tokens) for i, s in online] or lengths
+    prompt = recipe.data.max_prompt_tokens
+    for where, tokens in lengths:
+        if build.max_positions < prompt + tokens:
+            yield Conflict(
+                (*place, "max_positions"),
+                f"{build.max_positions} is too short: data.max_prompt_tokens ({prompt}) + "
+                f"{'.'.join(map(str, where))}.max_tokens ({tokens}) need at least {prompt + tokens}",
+                (("data", "max_prompt_tokens"), where),
+            )
+
+
+def _names(recipe: "Recipe") -> Iterator[Conflict]:
+    """Names that must differ because files, metrics or columns are called by them."""
+    named: dict[str, list[tuple[Place, str]]] = {
+        "stage": [(("stages", i), s.name) for i, s in enumerate(recipe.stages)],
+        "reward column": [(("rewards", i), r.column) for i, r in enumerate(recipe.rewards)],
+        "sink": [(("run", "sinks", i), s.name) for i, s in enumerate(recipe.run.sinks)],
+    }
+    remedies = {
+        "stage": "give each stage a 'name' of its own",
+        "reward column": "rename one with 'as' (or 'name', for a function)",
+        "sink": "keep one",
+    }
+    for what, entries in named.items():
+        for index, (place, name) in enumerate(entries):
+            if name in [other for _, other in entries[:index]]:
+                yield Conflict(place, f"there is another {what} '{name}'; {remedies[what]}", ((place[0],),))
+
+
+def _online(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
+    if recipe.data.train is None:
+        yield Conflict(place, "a stage 'online' needs data.train", (("data",),))
+    if not recipe.rewards:
+        yield Conflict(place, "a stage 'online' needs at least one entry in rewards", (("rewards",),))
+    sampling = stage.sampling
+    where: Place = (*place, "sampling")
+    if sampling.temperature == 0:
+        yield Conflict((*where, "temperature"), "0 samples greedily, which gives nothing to learn from; use 1.0")
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        if getattr(sampling, key) != off and not sampling.allow_truncated_sampling:
+            message = (
+                f"{key} leaves out tokens when sampling that the trained policy has, which biases its gradient: set it "
+                f"to {off:g}, or allow_truncated_sampling: true to do it anyway"
+            )
+            yield Conflict((*where, key), message, ((*where, "allow_truncated_sampling"),))
+    bound = getattr(stage.sampler, "max_staleness", 0)
+    if stage.max_staleness > bound:
+        message = (
+            f"{stage.max_staleness} is more than this sampler allows ({bound}): it shares its weights with the "
+            f"learner, so rollouts are never stale; set it to {bound}"
+        )
+        yield Conflict((*place, "max_staleness"), message, ((*place, "sampler"),))
+
+
+def _sizes(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
+    prompts, minibatches = stage.prompts_per_step, stage.algorithm.minibatches
+    if prompts % minibatches:
+        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        low = prompts // minibatches * minibatches
+        multiples = [n for n in (low, low + minibatches) if n]
+        yield Conflict(
+            (*place, "algorithm", "minibatches"),
+            f"{minibatches} does not divide prompts_per_step ({prompts}); minibatches {nearest(minibatches, divisors)} "
+            f"would do, or prompts_per_step {' or '.join(map(str, multiples))}",
+            ((*place, "prompts_per_step"),),
+        )
+    budget = getattr(stage.learner, "micro_batch_tokens", None)
+    prompt, completion = recipe.data.max_prompt_tokens, stage.sampling.max_tokens
+    if budget is not None and budget < prompt + completion:
+        yield Conflict(
+            (*place, "learner", "micro_batch_tokens"),
+            f"{budget} does not hold the longest row: data.max_prompt_tokens ({prompt}) + sampling.max_tokens "
+            f"({completion}) need at least {prompt + completion}",
+            (("data", "max_prompt_tokens"), (*place, "sampling"), (*place, "learner")),
+        )
+    parts = {("algorithm", "advantage"): stage.algorithm.advantage}
+    parts |= {("curricula", i): c for i, c in enumerate(stage.curricula)}
+    for where, part in parts.items():
+        least = getattr(part, "min_group_size", 1)
+        if stage.group_size < least:
+            yield Conflict(
+                (*place, "group_size"),
+                f"{stage.group_size} is too small: {'.'.join(map(str, where))} compares the completions of a prompt "
+                f"with each other and needs at least {least}",
+                ((*place, *where[:2]),),
+            )
+
+
+def _needs(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
+    """What components ask for and nothing in the recipe provides. A reference can always be made."""
+    parts = {("algorithm", *_parts(name)): c for name, c in stage.algorithm.components().items()}
+    parts |= {("curricula", i): c for i, c in enumerate(stage.curricula)}
+    for where, part in parts.items():
+        here: Place = (*place, *where)
+        for need in needs_of(part):
+            if need == "values":
+                others = [entry.name for entry in advantages if not _asks_values(entry.cls)]
+                hint = f" (without a critic: {', '.join(others)})" if where[-1] == "advantage" else ""
+                yield Conflict(here, f"needs values, which a critic makes, and this recipe has no critic{hint}")
+            elif need.startswith("role:"):
+                yield Conflict(here, f"needs the model role '{need[5:]}', which nothing in this recipe provides")
+            elif need == "demonstrations" and recipe.data.demonstrations is None:
+                yield Conflict(here, "needs data.demonstrations", (("data",),))
+
+
+def _parts(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
+def _asks_values(cls: type[Any]) -> bool:
+    """Whether a component says of itself, whatever its options, that it needs values."""
+    needs = getattr(cls, "needs", ())
+    return isinstance(needs, tuple) and "values" in needs

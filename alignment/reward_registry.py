@@ -1,0 +1,145 @@
+"""Reward components: what a recipe's ``rewards`` list may name, and how one is described to a scoring worker.
+
+This module imports neither torch nor transformers: scoring workers, which are started anew whenever one had to be
+killed, import it.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from alignment.registry import Registry
+from alignment.score import Score
+
+_KEYS_OF_A_FUNCTION = ("function", "name", "weight", "options", "group_level")
+_KEYS_OF_AN_ENVIRONMENT_SCORE = ("environment", "weight")
+
+
+@runtime_checkable
+class RewardFunction(Protocol):
+    """Judges completions, called as TRL calls a reward function: every argument by keyword, one entry per completion.
+
+    ``prompts`` and ``completions`` are texts, or lists of chat messages for a chat prompt (:func:`texts` reads both).
+    ``columns`` holds ``completion_ids`` (token ids), ``length_tokens`` (sampled tokens), ``finish_reason`` and every
+    other column of the data set. Optional on the class: ``group_level: ClassVar[bool]``, True when it must see the
+    whole group of a prompt at once; ``columns`` (an attribute or property), names of the data columns it reads.
+    """
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> Sequence[float | None | Score]:
+        """One value per completion; None where the reward does not apply, a :class:`Score` to give a status."""
+        ...
+
+
+reward_functions: Registry[RewardFunction] = Registry(
+    "rewards", RewardFunction, "what a completion is worth; one column each, summed by weight"
+)
+
+
+def texts(completions: Sequence[Any]) -> list[str]:
+    """The text of each completion: the string itself, or the content of its last chat message."""
+    return [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward column of a recipe.
+
+    Raises:
+        ValueError: No column, a weight that is no number, or a ``function`` that is no dotted path.
+    """
+
+    column: str
+    weight: float = 1.0
+    function: RewardFunction | str | None = None
+    """A component, the dotted path of any TRL-style function, or None: the environment gives this score."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a dotted path: of the function, or of the factory or class that makes it."""
+    group_level: bool = False
+    """The function compares completions of a prompt: it always sees the whole group, and fails for all of it."""
+
+    def __post_init__(self) -> None:
+        if not self.column:
+            raise ValueError("a reward needs a name for its column")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"reward {self.column!r}: weight {self.weight} is not a finite number")
+        if isinstance(self.function, str):
+            parts = self.function.split(".")
+            if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+                raise ValueError(
+                    f"reward {self.column!r}: {self.function!r} is not the dotted path of a function in a module, "
+                    f"such as my_lab.rewards.short"
+                )
+        if self.options and not isinstance(self.function, str):
+            raise ValueError(f"reward {self.column!r}: options go with the dotted path of a function")
+
+    @property
+    def whole_group(self) -> bool:
+        """Whether it must see all completions of a prompt in one call."""
+        return self.group_level or bool(getattr(self.function, "group_level", False))
+
+    def wire(self) -> dict[str, Any] | None:
+        """What another process rebuilds it from: names and options, no code. None when there is no function.
+
+        Raises:
+            ValueError: The component's class lives in a script, which other processes cannot import, or an option is
+                not a JSON value.
+        """
+        if self.function is None:
+            return None
+        if isinstance(self.function, str):
+            wire = {"column": self.column, "path": self.function, "options": dict(self.options)}
+            try:
+                json.dumps(wire)
+            except TypeError as error:
+                raise ValueError(f"reward {self.column!r}: options must be plain YAML values: {error}") from error
+            return wire
+        module = type(self.function).__module__
+        if module == "__main__":
+            name = type(self.function).__name__
+            raise ValueError(f"reward {self.column!r}: move {name} from the script into a module of its own")
+        return {"column": self.column, "module": module, "component": reward_functions.dump(self.function)}
+
+
+def parse_reward(value: Any) -> RewardSpec:
+    """The column that an entry of a recipe's ``rewards`` describes.
+
+    ``exact_match``; ``{name: exact_match, weight: 0.5, as: right, <option>: ...}``;
+    ``{function: my_lab.rewards.short, weight: 0.5, name: short, options: {...}, group_level: true}``;
+    ``{environment: tool_used, weight: 0.2}`` for a score that the environment gives.
+
+    Raises:
+        ValueError: A key is unknown or a value is wrong. Pydantic's own errors, about a component's options, pass
+            through.
+    """
+    if isinstance(value, RewardSpec):
+        return value
+    entry = {"name": value} if isinstance(value, str) else value
+    if not isinstance(entry, Mapping):
+        raise ValueError("a reward is a name or a mapping with 'name', 'function' or 'environment'")
+    entry = dict(entry)
+    weight = entry.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ValueError(f"weight {weight!r} is not a number")
+    if "function" in entry:
+        _refuse_others(entry, _KEYS_OF_A_FUNCTION)
+        path, options = entry["function"], entry.get("options", {})
+        if not isinstance(path, str) or not isinstance(options, Mapping):
+            raise ValueError("'function' is a dotted path and 'options' a mapping of its keyword arguments")
+        column = str(entry.get("name", path.rpartition(".")[2]))
+        return RewardSpec(column, float(weight), path, options, bool(entry.get("group_level", False)))
+    if "environment" in entry:
+        _refuse_others(entry, _KEYS_OF_AN_ENVIRONMENT_SCORE)
+        return RewardSpec(str(entry["environment"]), float(weight))
+    column = entry.pop("as", entry.get("name"))
+    function = reward_functions.build(entry)
+    return RewardSpec(str(column), float(weight), function)
+
+
+def _refuse_others(entry: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    unknown = sorted(set(entry) - set(allowed))
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}; a reward with {allowed[0]!r} takes {', '.join(allowed)}")

@@ -1,0 +1,209 @@
+"""Runs a recipe from its first stage to its last, and continues one that was interrupted."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignment.algorithms.state import fresh
+from alignment.checkpoint import Checkpoints, Saved, load_state
+from alignment.errors import UserError
+from alignment.evaluate import Evaluation
+from alignment.export import load_policy
+from alignment.job import Job
+from alignment.metrics import Sink, Sinks, StageResult, build_result
+from alignment.models import Model, load_model, stop_ids
+from alignment.offline import train_supervised
+from alignment.online import train_online
+from alignment.recipe import OnlineStage, Recipe, differences, load
+from alignment.rollouts import demonstration, demonstrations_by_prompt
+from alignment.runs import Run, open_run
+from alignment.scoring import Scorer
+from alignment.signals import GracefulStop, Stopped
+from alignment.trackers import make_sinks
+from alignment.types import Prompt, Rollout, TrainState, keyed_seed
+
+log = logging.getLogger(__name__)
+
+FILES = {
+    "recipe.yaml": "the recipe with every default",
+    "metrics.jsonl": "one line per step and per evaluation",
+    "rollouts.jsonl": "a sample of what the model wrote, with scores",
+    "result.json": "this summary",
+    "checkpoints": "what the run continues from; `align export` makes a model folder of one",
+    "flight": "the last batches, for `align replay`",
+    "tensorboard": "curves, for TensorBoard",
+}
+"""What a run folder may hold, and what it is."""
+
+
+def train(
+    recipe: Recipe | str | Path | Sequence[str | Path],
+    *,
+    sinks: Sequence[Sink] = (),
+    overrides: Sequence[str] = (),
+    fresh_start: bool = False,
+    init_from: str | None = None,
+) -> dict[str, Any]:
+    """Trains a recipe, from the start or from where its run folder says that it stopped.
+
+    Ctrl-C and SIGTERM save the last completed step; calling again continues from it.
+
+    Args:
+        recipe: A loaded recipe, or the path or paths of its YAML files, merged from left to right.
+        sinks: More places for metrics and rollouts, beside those that the recipe names.
+        overrides: ``a.b=c`` texts, applied last; only with paths.
+        fresh_start: Put an earlier run of this name aside and start again.
+        init_from: ``RUN[@step|@best]`` whose policy this run starts from.
+
+    Returns:
+        What ``result.json`` holds: ``status`` (``complete`` or ``interrupted``), ``stages``, ``eval``, ``best``,
+        ``folder``, ``files``; and ``exit_code``: 0, 130 after Ctrl-C, 75 after SIGTERM.
+
+    Raises:
+        RecipeError: The recipe is wrong; every mistake at once.
+        UserError: The run cannot start, continue or finish for a reason that the user can mend.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load([recipe] if isinstance(recipe, str | Path) else list(recipe), overrides)
+    with open_run(recipe.run.output, recipe.run.name, fresh=fresh_start) as run, GracefulStop() as stop:
+        checkpoints = Checkpoints(run.checkpoints, recipe.run.keep_last)
+        saved = checkpoints.latest(lambda problem: log.warning("%s", problem))
+        if saved is not None:
+            _refuse_another_recipe(run, recipe)
+            if init_from is not None:
+                raise UserError(f"{run.folder} already has checkpoints; --fresh starts it again from {init_from}")
+        state = load_state(saved.folder) if saved else TrainState()
+        if run.result.exists() and _is_complete(recipe, state):
+            log.warning("%s is complete at step %d; --fresh starts it again", run.folder, state.step)
+            return {**run.read_result(), "exit_code": 0}
+        run.write_recipe(recipe.resolved())
+        with Sinks([*make_sinks(recipe), *sinks]) as sink:
+            return _run(recipe, run, checkpoints, saved, state, sink, stop, init_from)
+
+
+def _run(
+    recipe: Recipe,
+    run: Run,
+    checkpoints: Checkpoints,
+    saved: Saved | None,
+    state: TrainState,
+    sink: Sinks,
+    stop: GracefulStop,
+    init_from: str | None,
+) -> dict[str, Any]:
+    """Builds what a job needs, runs its stages and writes ``result.json``."""
+    with Scorer.from_recipe(recipe) as scorer:
+        model = load_model(recipe.model, keyed_seed(recipe.run.seed, "model"))
+        if init_from is not None:
+            load_policy(model, init_from)
+        prompts, held_out, demonstrations = _data(recipe, model)
+        job = Job(recipe, run, model, scorer, checkpoints, sink, stop, prompts, held_out, demonstrations, state)
+        if saved is not None:
+            job.resume(saved)
+        scorer.check({name for prompt in [*prompts, *held_out] for name in prompt.row})
+        sink.start(_description(recipe, run, saved))
+        try:
+            _stages(job, saved)
+        except Stopped as stopped:
+            job.save()
+            result = _result(job, checkpoints, "interrupted", stopped.exit_code)
+        else:
+            result = _result(job, checkpoints, "complete", 0)
+    run.write_result(result)
+    sink.finish(result)
+    return result
+
+
+def _stages(job: Job, saved: Saved | None) -> None:
+    """Every stage that is not done yet, each with an optimizer of its own on the same model."""
+    while True:
+        stage = job.stage
+        seed = keyed_seed(job.seed, "learner", job.state.stage)
+        job.learner = stage.learner.build(job.model, stage.steps, seed, stage.needs_reference)
+        job.sampler = stage.sampler.build(job.learner.module)
+        if saved is not None:
+            job.learner.restore(saved.folder / "learner")
+        elif job.state.stage_step == 0:
+            job.state = replace(job.state, components=fresh(stage.components()))
+        saved = None
+        if job.state.stage_step < stage.steps:
+            job.evaluate_if_due(job.state.step)
+            run_stage = train_online if isinstance(stage, OnlineStage) else train_supervised
+            run_stage(job, stage, job.state)  # pyright: ignore[reportArgumentType] - matched by the line above
+        if job.state.stage + 1 == len(job.recipe.stages):
+            return
+        job.state = replace(job.state, stage=job.state.stage + 1, stage_step=0, components={})
+
+
+def _data(recipe: Recipe, model: Model) -> tuple[list[Prompt], list[Prompt], Mapping[str, list[Rollout]]]:
+    """Prompts to train on, held-out prompts, and demonstrations by prompt."""
+    data, environment = recipe.data, recipe.evaluation_environment
+    train, held_out, shown = (
+        source.load(recipe.folder) if source is not None else [] for source in (data.train, data.eval, data.demonstrations)
+    )
+    eos_id = stop_ids(model.tokenizer, model.module)[0]
+    written = [demonstration(prompt, model.tokenizer, eos_id, environment) for prompt in shown]
+    return train, held_out, demonstrations_by_prompt(written)
+
+
+def _description(recipe: Recipe, run: Run, saved: Saved | None) -> dict[str, Any]:
+    """What sinks are told at the start."""
+    return {
+        "name": recipe.run.name,
+        "folder": str(run.folder),
+        "recipe": recipe.resolved(),
+        "stages": [{"name": s.name, "stage": s.stage, "steps": s.steps} for s in recipe.stages],
+        "resumed_from": saved.step if saved else None,
+    }
+
+
+def _refuse_another_recipe(run: Run, recipe: Recipe) -> None:
+    """A run continues with the recipe that it was started with; only its length and its outputs may change."""
+    refused = [d for d in differences(run.read_recipe(), recipe.resolved()) if not d[3]]
+    if refused:
+        changes = "\n".join(f"  {path}: {old!r} in the run, {new!r} now" for path, old, new, _ in refused)
+        raise UserError(
+            f"{run.folder} was started with another recipe:\n{changes}\n"
+            f"Put the old values back, start again with --fresh (the old run is kept aside), or give the new run "
+            f"another run.name and --init-from {run.folder}@best"
+        )
+
+
+def _is_complete(recipe: Recipe, state: TrainState) -> bool:
+    return state.stage == len(recipe.stages) - 1 and state.stage_step >= recipe.stages[-1].steps
+
+
+def _result(job: Job, checkpoints: Checkpoints, status: Any, exit_code: int) -> dict[str, Any]:
+    """What ``result.json`` holds. The run is measured from the start of its first online stage, if it has one."""
+    stages, start = [], 0
+    online = next((i for i, s in enumerate(job.recipe.stages) if isinstance(s, OnlineStage)), 0)
+    for i, stage in enumerate(job.recipe.stages[: job.state.stage + 1]):
+        steps = job.state.stage_step if i == job.state.stage else stage.steps
+        before, after = _measured(job, start), _measured(job, start + steps)
+        stages.append(
+            StageResult(stage.name, stage.stage, steps, job.seconds.get(stage.name, 0.0), job.labels(i), before, after)
+        )
+        start += steps
+    best = checkpoints.best
+    return {
+        **build_result(
+            status=status,
+            stages=stages,
+            before=stages[min(online, len(stages) - 1)].before,
+            after=stages[-1].after,
+            best={"step": best.step, "accuracy": best.value} if best else None,
+            folder=job.run.folder,
+            files={name: what for name, what in FILES.items() if name == "result.json" or (job.run.folder / name).exists()},
+        ),
+        "exit_code": exit_code,
+    }
+
+
+def _measured(job: Job, step: int) -> dict[str, Any] | None:
+    """The evaluation of a step as reports show it."""
+    found: Evaluation | None = job.evaluations.get(step)
+    if found is None:
+        return None
+    return {"accuracy": found.accuracy, "interval": list(found.interval), "n": found.problems}

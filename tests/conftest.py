@@ -1,0 +1,19 @@
+"""Tests that need a GPU are skipped without one, and said so at the end: a skipped test proves nothing."""
+
+import pytest
+import torch
+
+_SKIPPED = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config, items):
+    gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
+    for item in gpu:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    config.stash[_SKIPPED] = len(gpu)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash.get(_SKIPPED, 0):
+        terminalreporter.section("not tested on this machine")
+        terminalreporter.line(f"{config.stash[_SKIPPED]} tests need a CUDA device and were SKIPPED", yellow=True)

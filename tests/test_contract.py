@@ -1,0 +1,472 @@
+"""The component contract, proven by six methods that the project does not have yet: plain code that fits it unchanged.
+
+Each is written as its users will write it and runs through the real loop. What is checked is what the method promises.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alignment.algorithms.advantages import DrGrpo, Grpo, advantages
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.entropy_controls import entropy_controls
+from alignment.algorithms.mixers import mixers
+from alignment.algorithms.objective import Objective
+from alignment.algorithms.policy_losses import Reinforce
+from alignment.algorithms.weightings import weightings
+from alignment.checkpoint import load_state, save_state
+from alignment.curricula import Uniform, curricula, select_prompts
+from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.optimizer import Slot
+from alignment.online import train_online
+from alignment.recipe import OnlineStage
+from alignment.types import Batch, Context, Group, Prompt, Rollout, Signals, TrainState, keyed_seed
+from tests.tiny import online_job, tiny
+
+SOURCE = "a test"
+
+
+def stage(**changes: Any) -> OnlineStage:
+    """The online stage of the tiny recipe with other components."""
+    plain = {"steps": 3, "prompts_per_step": 4, "group_size": 4, "sampling": {"max_tokens": 4}}
+    return OnlineStage(**{**plain, "learner": TorchLearnerConfig(lr=1e-3), **changes})
+
+
+def survives_json(state: TrainState, folder: Any) -> bool:
+    folder.mkdir()
+    save_state(folder, state)
+    return load_state(folder) == state
+
+
+# 1. A prompt value model inside a curriculum: Prompt Curriculum Learning (arXiv 2510.01135)
+
+
+@curricula.register("test_prompt_value", source=SOURCE)
+@dataclass(frozen=True)
+class PromptValueCurriculum:
+    """Chooses the prompts whose predicted pass rate is nearest to ``target``."""
+
+    needs: ClassVar[tuple[str, ...]] = ("role:prompt_value",)
+    oversample: int = 4
+    target: float = 0.5
+
+    def init(self) -> dict[str, Any]:
+        return {"version": 0}
+
+    def candidates(self, n: int) -> int:
+        return self.oversample * n
+
+    def select(
+        self, state: Any, prompts: Sequence[Prompt], n: int, context: Context
+    ) -> tuple[list[Prompt], dict[str, Any]]:
+        distance = (context.roles["prompt_value"].values(prompts) - self.target).abs()
+        order = torch.sort(distance, stable=True).indices[:n]
+        return [prompts[i] for i in order.tolist()], state
+
+    def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
+        role = signals.context.roles["prompt_value"]
+        groups = [g for g in signals.groups if g.rewards]
+        role.fit([g.prompt for g in groups], torch.tensor([sum(g.rewards) / len(g.rewards) for g in groups]))
+        return {"version": role.version}
+
+
+class PromptValue:
+    """A role that is fitted by the component that named it: logistic regression on the first operand."""
+
+    provides = ()
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(10, 1)
+        nn.init.zeros_(self.module.weight)
+        nn.init.zeros_(self.module.bias)
+        self.slot = Slot(dict(self.module.named_parameters()), TorchLearnerConfig(lr=0.1), 100)
+
+    @property
+    def version(self) -> int:
+        return self.slot.counts.updates
+
+    def annotate(self, micro: Batch) -> Mapping[str, Tensor]:
+        return {}
+
+    def _forward(self, prompts: Sequence[Prompt]) -> Tensor:
+        digits = torch.tensor([p.row["operands"][0] for p in prompts])
+        return self.module(nn.functional.one_hot(digits, 10).float())[:, 0].sigmoid()
+
+    def values(self, prompts: Sequence[Prompt]) -> Tensor:
+        with torch.no_grad():
+            return self._forward(prompts)
+
+    def fit(self, prompts: Sequence[Prompt], targets: Tensor) -> Mapping[str, float]:
+        self.slot.begin()
+        loss = (self._forward(prompts) - targets).square().mean()
+        loss.backward()
+        self.slot.step(loss)
+        self.slot.end(1)
+        return {"loss": float(loss)}
+
+
+def test_a_prompt_value_model_steers_a_curriculum(tmp_path):
+    chosen = stage(curricula=(Uniform(), PromptValueCurriculum()))
+    with online_job(tiny(tmp_path), chosen) as job:
+        role = PromptValue()
+        job.learner.add_role("prompt_value", role)
+        state = train_online(job, chosen, job.state)
+        assert state.components["curricula.1"] == {"version": 3}
+        assert state.components["curricula.0"]["cursor"] + 60 * state.components["curricula.0"]["epoch"] > 3 * 4
+        before = {p.row["operands"][0]: float(role.values([p])[0]) for p in job.prompts}
+        assert min(before.values()) < 0.5, "it learned that an untrained model rarely adds well"
+        job.learner.save(tmp_path / "learner")
+        job.learner.roles["prompt_value"] = again = PromptValue()
+        job.learner.restore(tmp_path / "learner")
+        assert {p.row["operands"][0]: float(again.values([p])[0]) for p in job.prompts} == before
+        assert again.version == 3
+
+
+def test_prompts_nearest_to_the_target_are_chosen_and_ties_go_to_the_first():
+    class Fixed:
+        version = 0
+
+        def values(self, prompts: Sequence[Prompt]) -> Tensor:
+            return torch.tensor([p.row["v"] for p in prompts], dtype=torch.float64)
+
+        def fit(self, prompts: Sequence[Prompt], targets: Tensor) -> Mapping[str, float]:
+            return {}
+
+    values = [0.10, 0.45, 0.90, 0.55, 0.52, 0.30, 0.70, 0.99]
+    prompts = [Prompt(str(i), {"v": v}) for i, v in enumerate(values)]
+    context = Context(0, 0, {"prompt_value": Fixed()})
+    for target, expected in ((0.5, ["4", "1"]), (1.0, ["7", "2"]), (0.0, ["0", "5"])):
+        found, _ = select_prompts([PromptValueCurriculum(target=target)], {}, prompts, 2, context)
+        assert [p.id for p in found] == expected
+
+
+# 2. Lagrangian advantage streams: Confronting Reward Model Overoptimization with Constrained RLHF (arXiv 2310.04373)
+
+
+@weightings.register("test_lagrangian", source=SOURCE)
+@dataclass(frozen=True)
+class Lagrangian:
+    """mu-PPO: the first component is the objective, the others must reach their thresholds."""
+
+    thresholds: tuple[float, ...] = (0.4,)
+    lr: float = 0.1
+    streams: ClassVar[bool] = True
+
+    def init(self) -> dict[str, Any]:
+        return {"u": [0.0] * len(self.thresholds)}
+
+    def mix(self, state: Any, adv_KBT: Tensor) -> Tensor:
+        mu = torch.tensor(state["u"]).sigmoid()
+        return (len(mu) - mu.sum()) * adv_KBT[0] + torch.einsum("k,kbt->bt", mu, adv_KBT[1:])
+
+    def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
+        reached = signals.batch.rewards_BK.nanmean(0)[1:].tolist()
+        mu = torch.tensor(state["u"]).sigmoid().tolist()
+        steps = zip(state["u"], mu, reached, self.thresholds, strict=True)
+        return {"u": [u - self.lr * m * (1 - m) * (j - theta) for u, m, j, theta in steps]}
+
+
+def test_lagrangian_streams_mix_advantages_and_their_multipliers_learn(tmp_path):
+    recipe = tiny(tmp_path, {"rewards": ["exact_match", {"name": "format", "pattern": "[0-9]*"}]})
+    chosen = stage(steps=1, algorithm=Algorithm(weighting=Lagrangian(thresholds=(2.0,))))
+    with online_job(recipe, chosen) as job:
+        state = train_online(job, chosen, job.state)
+        assert state.components["weighting"]["u"][0] > 0, "below its threshold a component gains weight"
+        assert survives_json(state, tmp_path / "state")
+
+
+def test_lagrangian_golden_numbers():
+    weighting, state = Lagrangian(thresholds=(0.4, 0.4)), {"u": [0.0, 0.0]}
+    adv_KBT = torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
+    assert weighting.mix(state, adv_KBT).item() == 1 * 1 + 0.5 * 10 + 0.5 * 100
+    batch = _plain_batch(rewards=torch.tensor([[0.0, 0.0]]))
+    one = Lagrangian(thresholds=(0.4,)).observe({"u": [0.0]}, _signals(batch))
+    assert one["u"][0] == pytest.approx(0.01), "u moves by -lr * mu (1 - mu) * (J - theta)"
+
+
+# 3. An HPT router: Towards a Unified View of LLM Post-Training (arXiv 2509.04419)
+
+
+@mixers.register("test_hpt", source=SOURCE)
+@dataclass(frozen=True)
+class HardGate:
+    """A prompt that was solved at most ``gate`` times is learned from its demonstration instead."""
+
+    gate: int = 0
+
+    def route(
+        self, state: Any, groups: Sequence[Group], demonstrations: Mapping[str, Sequence[Rollout]], context: Context
+    ) -> Mapping[str, list[Group]]:
+        def choose(group: Group) -> Group:
+            shown = demonstrations.get(group.prompt.id, ())
+            solved = sum(bool(r.correct) for r in group.rollouts)
+            return group if solved > self.gate or not shown else Group(group.uid, group.prompt, tuple(shown[:1]))
+
+        return {"rl": [choose(group) for group in groups]}
+
+    def coefficients(self, state: Any, batch: Batch) -> None:
+        return None
+
+
+def test_an_hpt_router_turns_failed_prompts_into_supervised_ones(tmp_path):
+    same = {"name": "arithmetic", "split": "train", "max_operand": 9}
+    recipe = tiny(tmp_path, {"data": {"demonstrations": same}})
+    learner = TorchLearnerConfig(lr=2e-2)
+    chosen = stage(steps=30, learner=learner, algorithm=Algorithm(advantage=DrGrpo(), mixer=HardGate()))
+    with online_job(recipe, chosen) as job:
+        seen: list[tuple[float, float]] = []
+        update = job.learner.update
+
+        def watch(batch: Batch, objective: Any, slot: str = "rl") -> dict[str, float]:
+            seen.append((float((batch.source_B == 1).float().mean()), float(batch.adv_BT.abs().sum())))  # pyright: ignore
+            return update(batch, objective, slot)
+
+        job.learner.update = watch
+        train_online(job, chosen, job.state)
+    assert seen[0][0] > 0.5 and seen[0][1] > 0, "an untrained model fails, and is taught"
+    assert min(share for share, _ in seen) < 1.0, "and then solves some by itself"
+
+
+def test_a_batch_of_demonstrations_has_the_gradient_of_their_likelihood():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).requires_grad_()
+    logp = torch.zeros(1, 2)
+    logp = torch.cat([logp[:, :1], logits.log_softmax(-1)[:, 1:2]], 1)
+    objective = Objective(policy_loss=Reinforce(), aggregation=Objective.supervised().aggregation, imitate=True)
+    batch = objective.prepare(_plain_batch(rewards=torch.full((1, 1), math.nan)))
+    objective.loss(logp, None, batch)[0].backward()
+    assert logits.grad is not None
+    assert torch.allclose(logits.grad, torch.tensor([[0.5, -0.7, 0.2]]), atol=1e-6)
+
+
+# 4. A weight per mini-batch: STEER (arXiv 2510.10150)
+
+
+@entropy_controls.register("test_steer", source=SOURCE)
+@dataclass(frozen=True)
+class Steer:
+    """Weighs down the tokens whose update would change the entropy most; the scale is the mini-batch's maximum."""
+
+    needs: ClassVar[tuple[str, ...]] = ("old_logp", "entropy")
+    lambda_min: float = 0.8
+    floor: float = 0.02
+
+    def prepare(self, state: Any, minibatch: Batch) -> Tensor:
+        assert minibatch.old_logp_BT is not None and minibatch.entropy_BT is not None and minibatch.adv_BT is not None
+        p_BT = minibatch.old_logp_BT.exp().clamp(1e-8, 1 - 1e-8)
+        return self.weights(minibatch.adv_BT, p_BT, p_BT, minibatch.entropy_BT, minibatch.loss_mask_BT)
+
+    def weights(self, adv_BT: Tensor, p_BT: Tensor, old_p_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        omega_BT = (adv_BT / old_p_BT * p_BT * (1 - p_BT) * (p_BT.log() + entropy_BT)).abs() * mask_BT
+        k = -math.log(self.lambda_min) / max(float(omega_BT.max()), self.floor)
+        return (-k * omega_BT).exp().clamp(self.lambda_min, 1.0)
+
+    def penalty(self, state: Any, entropy_BT: Tensor) -> None:
+        return None
+
+
+def test_steer_like_weights_are_taken_over_the_whole_mini_batch(tmp_path):
+    weights: list[list[float]] = []
+    for tokens in (4096, 16):
+        chosen = stage(
+            learner=TorchLearnerConfig(lr=1e-3, micro_batch_tokens=tokens),
+            algorithm=Algorithm(advantage=DrGrpo(), entropy_controls=(Steer(),), epochs=2, minibatches=2),
+        )
+        with online_job(tiny(tmp_path), chosen) as job:
+            train_online(job, chosen, job.state)
+            weights.append([float(p.detach().double().sum()) for p in job.learner.module.parameters()])
+    assert weights[0] == pytest.approx(weights[1], rel=1e-5, abs=1e-6)
+
+
+def test_steer_golden_numbers():
+    rows = torch.tensor([[1, 0.9, 0.9, 0.5], [1, 0.1, 0.1, 2], [-1, 0.5, 0.5, math.log(2)], [0.5, 0.2, 0.25, 1]])
+    adv, p, old, entropy = rows.T[:, None]
+    found = Steer().weights(adv, p, old, entropy, torch.ones(1, 4, dtype=torch.bool))
+    assert found[0].tolist() == pytest.approx([0.968181, 0.8, 1.0, 0.852315], abs=1e-6)
+
+
+# 5. Replay of samples: the selective sample buffer of Skywork R1V2 (arXiv 2504.16656)
+
+
+@curricula.register("test_sample_buffer", source=SOURCE)
+@dataclass(frozen=True)
+class SampleBuffer:
+    """Keeps groups that carried an advantage and gives them back when a batch is short."""
+
+    capacity: int = 16
+    max_age: int = 4
+    alpha: float = 1.0
+    on_exhausted: ClassVar[str] = "short"
+
+    def init(self) -> dict[str, Any]:
+        return {"groups": []}
+
+    def keep(self, state: Any, group: Group) -> bool:
+        return len(set(group.rewards)) > 1
+
+    def replay(self, state: Any, need: int, context: Context) -> list[Group]:
+        fresh = [g for g in state["groups"] if context.step - g["step"] <= self.max_age]
+        if not fresh:
+            return []
+        weight = torch.tensor([g["weight"] for g in fresh], dtype=torch.float64).pow(self.alpha)
+        generator = torch.Generator().manual_seed(keyed_seed(context.seed, context.step, "replay"))
+        count = min(need, int((weight > 0).sum()))
+        picked = torch.multinomial(weight, count, generator=generator).tolist()
+        groups = [Group.from_json(fresh[i]["group"]) for i in picked]
+        return [
+            Group(g.uid, g.prompt, tuple(replace(r, source="replay", id=f"{r.id}@{context.step}") for r in g.rollouts))
+            for g in groups
+        ]
+
+    def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
+        step = signals.context.step
+        adv_B = signals.batch.adv_BT.abs().sum(1)  # pyright: ignore[reportOptionalMemberAccess]
+        added = []
+        rows = iter(adv_B.tolist())
+        for group in (g for g in signals.groups if self.keep(state, g)):
+            weight = sum(next(rows, 0.0) for _ in group.rollouts) / len(group.rollouts)
+            if weight > 0:
+                added.append({"step": step, "weight": weight, "group": json.loads(json.dumps(group.to_json()))})
+        return {"groups": [*state["groups"], *added][-self.capacity :]}
+
+
+def test_a_sample_buffer_fills_short_batches_with_replayed_groups(tmp_path):
+    recipe = tiny(tmp_path, {"rewards": [{"name": "format", "pattern": "[0-4].*"}]})
+    chosen = stage(steps=8, curricula=(Uniform(), SampleBuffer()), algorithm=Algorithm(advantage=Grpo()))
+    sources: list[Tensor] = []
+    with online_job(recipe, chosen) as job:
+        update = job.learner.update
+
+        def watch(batch: Batch, objective: Any, slot: str = "rl") -> dict[str, float]:
+            sources.append(batch.source_B)
+            assert batch.old_logp_BT is not None, "replayed rollouts are off-policy"
+            return update(batch, objective, slot)
+
+        job.learner.update = watch
+        state = train_online(job, chosen, job.state)
+    assert any((s == 2).any() for s in sources), "some batch was short and was filled up"
+    assert survives_json(state, tmp_path / "state")
+    buffer = SampleBuffer()
+    stored = state.components["curricula.1"]["groups"]
+    assert stored and all(len(set(Group.from_json(g["group"]).rewards)) > 1 for g in stored)
+    twice = [buffer.replay({"groups": stored}, 2, Context(state.step, 1)) for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert buffer.replay({"groups": stored}, 2, Context(state.step + 100, 1)) == [], "max_age is respected"
+
+
+# 6. A critic with several epochs and mini-batches: Proximal Policy Optimization (arXiv 1707.06347)
+
+
+@advantages.register("test_gae", source=SOURCE)
+@dataclass(frozen=True)
+class Gae:
+    """Generalised advantage estimation; the reward arrives at the last trained token."""
+
+    needs: ClassVar[tuple[str, ...]] = ("values",)
+    lam: float = 0.95
+
+    def __call__(self, batch: Batch) -> Tensor:
+        assert batch.values_BT is not None and batch.reward_B is not None
+        mask_BT, reward_B = batch.loss_mask_BT, batch.reward_B.nan_to_num()
+        adv_BT = torch.zeros_like(batch.values_BT)
+        next_value = next_adv = torch.zeros_like(reward_B)
+        last_B = torch.ones_like(batch.scored_B)
+        for t in reversed(range(adv_BT.shape[1])):
+            at = mask_BT[:, t]
+            reward = torch.where(last_B, reward_B, 0.0)
+            delta = reward + next_value - batch.values_BT[:, t]
+            adv = delta + self.lam * next_adv
+            adv_BT[:, t] = torch.where(at, adv, 0.0)
+            next_adv, next_value = torch.where(at, adv, next_adv), torch.where(at, batch.values_BT[:, t], next_value)
+            last_B = last_B & ~at
+        return adv_BT
+
+    def returns(self, batch: Batch) -> Tensor:
+        assert batch.values_BT is not None
+        return replace(self, lam=1.0)(batch) + batch.values_BT
+
+
+class Critic:
+    """A role trained by the learner's update: an embedding as value function."""
+
+    provides = ("values",)
+    epochs, minibatches = 2, 2
+
+    def __init__(self) -> None:
+        self.module = nn.Embedding(16, 1)
+        nn.init.zeros_(self.module.weight)
+        self.slot = Slot(dict(self.module.named_parameters()), TorchLearnerConfig(lr=0.05), 100)
+
+    def annotate(self, micro: Batch) -> Mapping[str, Tensor]:
+        return {"values_BT": self.module(micro.ids_BT)[..., 0]}
+
+    def prepare(self, minibatch: Batch) -> Batch:
+        mask_BT = minibatch.loss_mask_BT
+        return replace(minibatch, scale_BT=mask_BT / mask_BT.sum())
+
+    def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert micro.returns_BT is not None and micro.scale_BT is not None
+        error_BT = (self.annotate(micro)["values_BT"] - micro.returns_BT).square()
+        loss = (error_BT * micro.scale_BT).sum()
+        return loss, {"error": loss.detach()}
+
+    def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return {name: float(value) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("tokens", [4096, 16])
+def test_a_critic_learns_over_several_epochs_beside_the_policy(tmp_path, tokens):
+    recipe = tiny(tmp_path, {"rewards": [{"name": "format", "pattern": "[0-4].*"}]})
+    learner = TorchLearnerConfig(lr=1e-3, micro_batch_tokens=tokens)
+    chosen = stage(steps=2, learner=learner, algorithm=Algorithm(advantage=Gae(), epochs=2, minibatches=2))
+    with online_job(recipe, chosen) as job:
+        critic = Critic()
+        job.learner.add_role("critic", critic)
+        train_online(job, chosen, job.state)
+        assert critic.slot.counts.steps == 2 * 2 * 2 and job.learner.slots["rl"].counts.steps == 2 * 2 * 2
+        weights = critic.module.weight.detach().clone()
+        assert weights.abs().sum() > 0
+        job.learner.save(tmp_path / "learner")
+        job.learner.roles["critic"] = again = Critic()
+        job.learner.restore(tmp_path / "learner")
+        assert torch.equal(again.module.weight, weights)
+
+
+def test_gae_golden_numbers():
+    batch = replace(
+        _plain_batch(rewards=torch.ones(1, 1), tokens=4),
+        reward_B=torch.ones(1),
+        values_BT=torch.full((1, 4), 0.5),
+    )
+    assert Gae()(batch)[0, 1:].tolist() == pytest.approx([0.45125, 0.475, 0.5], abs=1e-6)
+    assert Gae(lam=1.0)(batch)[0, 1:].tolist() == pytest.approx([0.5, 0.5, 0.5])
+    assert Gae().returns(batch)[0, 1:].tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+def _plain_batch(rewards: Tensor, tokens: int = 2) -> Batch:
+    """One row whose first token is the prompt."""
+    shape = (1, tokens)
+    return Batch(
+        ids_BT=torch.ones(shape, dtype=torch.int64),
+        loss_mask_BT=torch.arange(tokens)[None] > 0,
+        length_B=torch.tensor([tokens]),
+        group_B=torch.zeros(1, dtype=torch.int64),
+        source_B=torch.zeros(1, dtype=torch.int8),
+        ratio_base_B=torch.zeros(1, dtype=torch.int8),
+        temperature_B=torch.ones(1),
+        behaviour_logp_BT=torch.zeros(shape),
+        rewards_BK=rewards,
+        weights_K=torch.ones(rewards.shape[1]),
+        scored_B=torch.ones(1, dtype=torch.bool),
+        truncated_B=torch.zeros(1, dtype=torch.bool),
+        key_B=torch.zeros(1, dtype=torch.int64),
+    )
+
+
+def _signals(batch: Batch) -> Signals:
+    return Signals((), batch, {}, None, Context(0, 0))

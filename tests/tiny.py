@@ -1,0 +1,94 @@
+"""A whole job that takes a second: a two-layer model that adds one-digit numbers."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from alignment.algorithms.state import fresh
+from alignment.checkpoint import Checkpoints
+from alignment.job import Job
+from alignment.metrics import Sinks
+from alignment.models import load_model
+from alignment.recipe import OnlineStage, Recipe, load
+from alignment.runs import open_run
+from alignment.scoring import Scorer
+from alignment.signals import GracefulStop
+from alignment.trainer import _data
+
+RECIPE: dict[str, Any] = {
+    "run": {"name": "tiny", "seed": 3, "save_every": 2, "keep_last": 10, "sinks": ["jsonl"], "flight_steps": 2},
+    "model": {
+        "build": {
+            "alphabet": "0123456789+=",
+            "hidden_size": 16,
+            "layers": 2,
+            "heads": 2,
+            "kv_heads": 2,
+            "intermediate_size": 32,
+            "max_positions": 64,
+        }
+    },
+    "data": {
+        "train": {"name": "arithmetic", "split": "train", "max_operand": 9},
+        "demonstrations": {"name": "arithmetic", "split": "demonstrations", "max_operand": 9},
+        "eval": {"name": "arithmetic", "split": "eval", "max_operand": 9, "size": 6},
+        "max_prompt_tokens": 8,
+    },
+    "rewards": ["exact_match"],
+    "evaluation": {"every": 2},
+    "stages": [
+        {"stage": "sft", "name": "warmup", "steps": 3, "batch_size": 8, "learner": {"name": "torch", "lr": 1e-2}},
+        {
+            "stage": "online",
+            "name": "rl",
+            "steps": 4,
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "sampling": {"max_tokens": 4},
+            "learner": {"name": "torch", "lr": 1e-3},
+        },
+    ],
+}
+
+
+def merged(base: Any, change: Any) -> Any:
+    """``base`` with the keys of ``change``; lists are merged entry by entry where the change is a mapping of indices."""
+    if isinstance(base, list) and isinstance(change, Mapping):
+        return [merged(value, change[i]) if i in change else value for i, value in enumerate(base)]
+    if isinstance(base, Mapping) and isinstance(change, Mapping):
+        return {**base, **{key: merged(base.get(key), value) for key, value in change.items()}}
+    return change
+
+
+def write(folder: Path, change: Mapping[str, Any] | None = None) -> Path:
+    """The recipe, with ``change`` merged in, as a file."""
+    path = folder / "tiny.yaml"
+    values = merged(RECIPE, {"run": {"output": str(folder / "runs")}})
+    with path.open("w") as file:
+        YAML().dump(merged(values, change or {}), file)
+    return path
+
+
+def tiny(folder: Path, change: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe, with ``change`` merged in."""
+    return load([write(folder, change)])
+
+
+@contextmanager
+def online_job(recipe: Recipe, stage: OnlineStage) -> Iterator[Job]:
+    """A job that stands at the beginning of ``stage``, so that a test may add roles to its learner."""
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(recipe.run.output, recipe.run.name))
+        scorer = stack.enter_context(Scorer.from_recipe(recipe))
+        model = load_model(recipe.model, recipe.run.seed)
+        recipe = recipe.model_copy(update={"stages": (stage,)})
+        sinks = Sinks([])
+        job = Job(recipe, run, model, scorer, Checkpoints(run.checkpoints, 3), sinks, GracefulStop(), *_data(recipe, model))
+        job.learner = stage.learner.build(model, stage.steps, 0, stage.needs_reference)
+        job.sampler = stage.sampler.build(job.learner.module)
+        job.state = replace(job.state, components=fresh(stage.components()))
+        yield job
