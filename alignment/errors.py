@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake or a lack on the user's side: says what is wrong, what is allowed and the remedy. Shown without a traceback."""
+    """Something that the user can mend: what is wrong, what is allowed and the remedy. Shown without a traceback."""

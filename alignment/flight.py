@@ -166,9 +166,8 @@ class FlightRecorder:
         path = _path(self.folder, step)
         replace_file(path, data)
         known = recorded_steps(self.folder)
-        for other in known:
-            if other > step or other not in [s for s in known if s <= step][-self.keep :]:
-                _path(self.folder, other).unlink()
+        for other in set(known) - set([s for s in known if s <= step][-self.keep :]):
+            _path(self.folder, other).unlink()
         return path
 
 

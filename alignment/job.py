@@ -126,7 +126,7 @@ class Job:
             state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts} if groups else state.counters
         )
         self._tick()
-        timed = self.phases.take(int(metrics.get("tokens", 0)))
+        timed = self.phases.flush(int(metrics.get("tokens", 0)))
         self.sink.log(self._record(state.step, state.stage_step, "train", {**metrics, **timed}))
         if groups:
             self.sink.rollouts(state.step, self.stage.name, groups)

@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
 
     pad_token_id: int | None
     eos_token_id: int | None
+    all_special_tokens: list[str]
     chat_template: Any
 
     encode: Callable[..., list[int]]
@@ -85,7 +86,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[int, ..
     try:
         return tuple(tokenizer.encode(prompt, add_special_tokens=False))
     except Exception as error:  # the tokenizers library raises nothing more specific
-        alphabet = "".join(token for token in tokenizer.get_vocab() if token not in (PAD, EOS))
+        vocabulary = tokenizer.get_vocab()
+        alphabet = "".join(token for token in sorted(vocabulary, key=vocabulary.__getitem__) if token not in (PAD, EOS))
         unknown = [repr(c) for c in dict.fromkeys(prompt) if c not in alphabet]
         if not unknown:
             raise
@@ -204,12 +206,8 @@ def _load(config: "ModelConfig", path: str) -> Model:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place, local_only = _locate(path, config.revision)
-    options: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "local_files_only": local_only,
-    }
+    place = _locate(path, config.revision)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         module, loaded = load(
@@ -225,16 +223,17 @@ def _load(config: "ModelConfig", path: str) -> Model:
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"model.path {path}: {len(missing)} weights are not in it: {', '.join(missing[:5])}")
     _check_tokenizer(tokenizer, _embedding_rows(module), path)
+    module.name_or_path = place if Path(path).expanduser().exists() else path  # adapters record it as their base
     return Model(module, tokenizer, Path(path).name)
 
 
-def _locate(path: str, revision: str | None) -> tuple[str, bool]:
-    """What to hand to transformers for ``path``, and whether it must not look on the hub."""
+def _locate(path: str, revision: str | None) -> str:
+    """The folder, or the hub id, to hand to transformers for ``path``."""
     folder = Path(path).expanduser()
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise UserError(f"model.path: there is no folder {folder.absolute()}")
-        return path, _on_hub(path, revision)
+        return _on_hub(path, revision)
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         remedy = "it holds a LoRA adapter: merge it into its base first" if adapter else "is it a saved model?"
@@ -243,27 +242,29 @@ def _locate(path: str, revision: str | None) -> tuple[str, bool]:
     # Without these files transformers would make up an empty tokenizer.
     if not any(True for name in names for _ in folder.glob(name)):
         raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(folder)")
-    return str(folder.resolve()), True
+    return str(folder.resolve())
 
 
-def _on_hub(path: str, revision: str | None) -> bool:
-    """Asks the hub once. True: it cannot be reached, but the model was downloaded before.
+def _on_hub(path: str, revision: str | None) -> str:
+    """``path`` if the hub has it; the folder of an earlier download if the hub cannot be reached.
 
-    transformers on its own tries again and again for most of a minute before it says so.
+    It is asked once. transformers on its own tries again and again for most of a minute before it gives up, and even
+    where the files are at hand.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         huggingface_hub.HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)
-        return False
+        return path
     except HFValidationError as error:
         raise UserError(f"model.path: {path!r} is neither a folder nor a hub id: {error}") from error
     except Exception as error:  # network errors are of the HTTP library that this version of huggingface_hub uses
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise UserError(f"model.path: {path!r} is no folder, and the hub says: {error}") from error
-        if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision), str):
-            return True
+        downloaded = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision)
+        if isinstance(downloaded, str):
+            return str(Path(downloaded).parent)
         raise UserError(
             f"model.path: {path!r} is no folder here, was not downloaded before, and the hub cannot be reached"
             f" ({error}); copy the model onto this machine and give the path of its folder"
@@ -272,9 +273,10 @@ def _on_hub(path: str, revision: str | None) -> bool:
 
 def _check_tokenizer(tokenizer: Tokenizer, rows: int, path: str) -> None:
     """Refuses a tokenizer that does not fit the model; gives it a padding token if it has none."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest < 0:
-        raise UserError(f"model.path {path}: its tokenizer has no tokens")
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary.keys() - set(tokenizer.all_special_tokens):  # made up, because there were no files
+        raise UserError(f"model.path {path}: it has no tokenizer; save one beside the weights")
+    largest = max(vocabulary.values())
     if largest >= rows:
         raise UserError(
             f"model.path {path}: the tokenizer has token {largest}, but the model's embedding has {rows} rows; they do"

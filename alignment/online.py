@@ -50,14 +50,15 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
 
     for sealed in prefetch(collector, lambda: job.state, stage.max_staleness):
         states, context = sealed.state.components, Context(sealed.state.step, job.seed, collector.roles)
-        objective = Watched(Objective.of(algorithm, states))
+        objective = Objective.of(algorithm, states)
         slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.demonstrations, context)
         with phases("annotate"):
             needs = objective.needs(staleness=staleness(slots["rl"], sealed.state.step)) | algorithm.needs
             batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
         batch = credit(batch, algorithm, states)
         with phases("update"):
-            metrics = learner.update(batch, objective)
+            watched = Watched(objective)
+            metrics = learner.update(batch, watched)
             for slot in sorted(slots.keys() - {"rl"}):
                 metrics |= supervise(job, slots[slot], sealed.state.step, slot)
         with phases("publish"):
@@ -66,7 +67,7 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
         states = observe(components, states, signals)
         state = replace(sealed.state.next_step(), components=states)
-        job.record_batch(state, batch, objective, sealed.state.components, metrics)
+        job.record_batch(state, batch, watched, sealed.state.components, metrics)
         state = job.finish_step(state, metrics | summarise(sealed.sampled, sealed.dropped), sealed.sampled)
         if state.stage_step >= stage.steps:
             break

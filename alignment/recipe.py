@@ -278,11 +278,12 @@ def _overlap(place: Place, other: Place) -> bool:
 
 
 def _with_evaluation_sampling(recipe: Recipe) -> Recipe:
-    """Evaluation samples as the first online stage does unless the recipe says otherwise."""
+    """Evaluation is greedy, as long as the first online stage's completions, unless the recipe says otherwise."""
     online = next((stage for stage in recipe.stages if isinstance(stage, OnlineStage)), None)
     if online is None or "sampling" in recipe.evaluation.model_fields_set:
         return recipe
-    evaluation = recipe.evaluation.model_copy(update={"sampling": online.sampling})
+    sampling = Sampling(max_tokens=online.sampling.max_tokens, temperature=0.0)
+    evaluation = recipe.evaluation.model_copy(update={"sampling": sampling})
     return recipe.model_copy(update={"evaluation": evaluation})
 
 

@@ -66,7 +66,7 @@ def _is_secret(place: Place, value: str) -> bool:
 def _model(recipe: "Recipe") -> Iterator[Conflict]:
     model, build = recipe.model, recipe.model.build
     if (model.path is None) == (build is None):
-        given = "neither is given" if build is None else "both are given"
+        given = "neither is given" if build is None else "both are given; set one to null"
         yield Conflict(("model",), f"takes one of 'path' (a folder or a hub id) and 'build' (a new model); {given}")
     if build is None:
         return

@@ -270,4 +270,4 @@ class Evaluation(Section):
     samples: Count = 1
     """Completions of each problem."""
     sampling: Sampling = Sampling()
-    """The first online stage's, unless given."""
+    """Greedy, as long as the first online stage's completions, unless given."""

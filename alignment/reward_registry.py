@@ -13,9 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 from alignment.registry import Registry
 from alignment.score import Score
 
-_KEYS_OF_A_FUNCTION = ("function", "name", "weight", "options", "group_level")
-_KEYS_OF_AN_ENVIRONMENT_SCORE = ("environment", "weight")
-
 
 @runtime_checkable
 class RewardFunction(Protocol):
@@ -102,44 +99,3 @@ class RewardSpec:
             name = type(self.function).__name__
             raise ValueError(f"reward {self.column!r}: move {name} from the script into a module of its own")
         return {"column": self.column, "module": module, "component": reward_functions.dump(self.function)}
-
-
-def parse_reward(value: Any) -> RewardSpec:
-    """The column that an entry of a recipe's ``rewards`` describes.
-
-    ``exact_match``; ``{name: exact_match, weight: 0.5, as: right, <option>: ...}``;
-    ``{function: my_lab.rewards.short, weight: 0.5, name: short, options: {...}, group_level: true}``;
-    ``{environment: tool_used, weight: 0.2}`` for a score that the environment gives.
-
-    Raises:
-        ValueError: A key is unknown or a value is wrong. Pydantic's own errors, about a component's options, pass
-            through.
-    """
-    if isinstance(value, RewardSpec):
-        return value
-    entry = {"name": value} if isinstance(value, str) else value
-    if not isinstance(entry, Mapping):
-        raise ValueError("a reward is a name or a mapping with 'name', 'function' or 'environment'")
-    entry = dict(entry)
-    weight = entry.pop("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ValueError(f"weight {weight!r} is not a number")
-    if "function" in entry:
-        _refuse_others(entry, _KEYS_OF_A_FUNCTION)
-        path, options = entry["function"], entry.get("options", {})
-        if not isinstance(path, str) or not isinstance(options, Mapping):
-            raise ValueError("'function' is a dotted path and 'options' a mapping of its keyword arguments")
-        column = str(entry.get("name", path.rpartition(".")[2]))
-        return RewardSpec(column, float(weight), path, options, bool(entry.get("group_level", False)))
-    if "environment" in entry:
-        _refuse_others(entry, _KEYS_OF_AN_ENVIRONMENT_SCORE)
-        return RewardSpec(str(entry["environment"]), float(weight))
-    column = entry.pop("as", entry.get("name"))
-    function = reward_functions.build(entry)
-    return RewardSpec(str(column), float(weight), function)
-
-
-def _refuse_others(entry: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    unknown = sorted(set(entry) - set(allowed))
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; a reward with {allowed[0]!r} takes {', '.join(allowed)}")

@@ -44,7 +44,7 @@ class ScoringRecipe(Protocol):
     @property
     def plugins(self) -> Sequence[str]: ...  # noqa: D102
     @property
-    def folder(self) -> Path: ...  # noqa: D102
+    def plugin_folders(self) -> Sequence[Path]: ...  # noqa: D102
 
 
 class Scorer:
@@ -63,7 +63,7 @@ class Scorer:
         workers: Processes.
         timeout_s: For one call, in seconds.
         plugins: Modules that a worker imports first; they register rewards.
-        sys_path: Folders that join the workers' module path.
+        sys_path: Folders that join the end of the workers' module path.
 
     Raises:
         ValueError: Two rewards share a column, or an argument is out of range.
@@ -93,8 +93,8 @@ class Scorer:
     @classmethod
     def from_recipe(cls, recipe: ScoringRecipe) -> Self:
         """The scorer that a recipe describes; modules beside the recipe can be imported."""
-        scoring = recipe.scoring
-        return cls(recipe.reward_specs, scoring.workers, scoring.timeout_s, recipe.plugins, [str(recipe.folder)])
+        options, folders = recipe.scoring, [str(folder) for folder in recipe.plugin_folders]
+        return cls(recipe.reward_specs, options.workers, options.timeout_s, recipe.plugins, folders)
 
     def __enter__(self) -> Self:
         if self._computed:

@@ -41,7 +41,7 @@ class Pool:
 
     Args:
         setup: What a worker is told first: plugins and rewards.
-        sys_path: Folders that join the workers' module path.
+        sys_path: Folders that join the end of the workers' module path.
         workers: Regular processes.
         timeout_s: For a call, in seconds.
     """

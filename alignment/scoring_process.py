@@ -50,7 +50,7 @@ class Worker:
 
     def __init__(self, setup: Mapping[str, Any], sys_path: Sequence[str]) -> None:
         root = str(Path(__file__).resolve().parents[1])
-        path = [*(p for p in sys_path if p not in sys.path), *sys.path]
+        path = [*sys.path, *(p for p in sys_path if p not in sys.path)]
         self.channel, theirs = socket.socketpair()
         self.lifeline: int | None
         held, self.lifeline = os.pipe()

@@ -46,6 +46,9 @@ def sampled_batch(groups: int = 4, group_size: int = 4, width: int = 9) -> Batch
 def record_step(folder: Path, algorithm: Algorithm, *, watched: bool = True, step: int = 7) -> dict[str, float]:
     """Does one online step and records it; returns the learner's metrics."""
     learner = learner_of(tiny(), reference=True, lr=3e-2, micro_batch_tokens=40)  # several micro-batches in an update
+    with torch.no_grad():
+        for weight in learner.trained.values():  # away from the reference, so that a KL penalty is not 0
+            weight.add_(0.1 * torch.ones_like(weight))
     states = fresh(algorithm.components())
     objective = Objective.of(algorithm, states)
     batch = learner.annotate(sampled_batch(), objective.needs() | algorithm.needs)

@@ -197,6 +197,14 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
         loaded(folder)
 
 
+def test_an_empty_tokenizer_is_refused(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # transformers made it up
+    with pytest.raises(UserError, match="base: it has no tokenizer; save one beside"):
+        loaded(folder)
+
+
 def test_a_tokenizer_must_fit_the_model(folder):
     built(build={"alphabet": ALPHABET + "xyz"}).tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="the tokenizer has token 19, but the model's embedding has 17 rows"):
@@ -273,8 +281,9 @@ def test_a_model_that_was_downloaded_before_needs_no_hub(no_hub, folder, tmp_pat
     (repository / "snapshots").mkdir()
     folder.rename(repository / "snapshots" / "abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    model = loaded("some/model")
+    model: Any = loaded("some/model", lora={"rank": 2})
     assert model.name == "model"
+    assert model.module.active_peft_config.base_model_name_or_path == "some/model"
     assert torch.equal(logp(model.module), logp(built().module))
 
 

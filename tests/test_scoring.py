@@ -9,16 +9,20 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import rewards  # noqa: F401  (registers exact_match)
 from alignment.errors import UserError
-from alignment.reward_registry import RewardSpec, parse_reward
+from alignment.reward_registry import RewardSpec, reward_functions
 from alignment.scoring import Scorer, ScoringFailed, failed_share, refuse_failures
 from alignment.types import Group, Prompt, Rollout, SamplingParams, Score
+from rewards import ExactMatch
+
+EXACT = RewardSpec("exact_match", function=ExactMatch())
 
 # What the tests' reward functions do depends on the text of the completion.
 LAB = """
@@ -329,8 +333,8 @@ def test_unscored_when_nothing_applies(scorer: Callable[..., Scorer]) -> None:
 def test_environment_scores_count_by_declared_weight() -> None:
     given = {"tool": Score(1.0), "extra": Score(5.0)}
     bare = group(["3", "4"], answer="3")
-    rollouts = tuple(r.__class__(**{f: getattr(r, f) for f in r.__slots__} | {"scores": given}) for r in bare.rollouts)
-    specs = [parse_reward(r) for r in ("exact_match", {"environment": "tool", "weight": 0.25}, {"environment": "gone"})]
+    rollouts = tuple(replace(r, scores=given) for r in bare.rollouts)
+    specs = [EXACT, RewardSpec("tool", 0.25), RewardSpec("gone")]
     with Scorer(specs) as it:
         (scored,) = it.score([Group(0, bare.prompt, rollouts)])
     assert [r.reward for r in scored.rollouts] == [1.25, 0.25]
@@ -358,7 +362,7 @@ def test_options_make_or_complete_a_function(scorer: Callable[..., Scorer]) -> N
 
 def test_chat_prompts_give_chat_completions(scorer: Callable[..., Scorer]) -> None:
     chat = group(["abc", "no"], prompt=[{"role": "user", "content": "hi"}], answer="abc")
-    with scorer("roles", parse_reward("exact_match")) as it:
+    with scorer("roles", EXACT) as it:
         (scored,) = it.score([chat])
     assert verdicts(scored, "roles") == verdicts(scored, "exact_match")[:1] + [(0.0, "ok")]
     assert verdicts(scored, "exact_match") == [(1.0, "ok"), (0.0, "wrong")]
@@ -493,7 +497,7 @@ def test_a_hidden_module_is_named(scorer: Callable[..., Scorer], lab: Path) -> N
     (lab / "rewards.py").write_text("def mine(completions, **columns): return [1.0] * len(completions)")
     with scorer(RewardSpec("r", function="rewards.mine")) as it, pytest.raises(UserError, match="is hidden by"):
         it.check()
-    with scorer(parse_reward("exact_match")) as it:
+    with scorer(EXACT) as it:
         assert it.score([group(["3"], answer="3")])[0].rollouts[0].reward == 1.0
 
 
@@ -513,13 +517,13 @@ def test_registered_plugin(scorer: Callable[..., Scorer], lab: Path, monkeypatch
     (lab / "counting_plugin.py").write_text(textwrap.dedent(source))
     monkeypatch.syspath_prepend(str(lab))
     importlib.import_module("counting_plugin")
-    spec = parse_reward({"name": "counts_for_test", "letter": "b", "as": "bs"})
+    spec = RewardSpec("bs", function=reward_functions.build({"name": "counts_for_test", "letter": "b"}))
     with scorer(spec, plugins=["counting_plugin"]) as it:
         assert verdicts(it.score([group(["abba", "a"])])[0], "bs") == [(2.0, "ok"), (0.0, "ok")]
 
 
 def test_missing_columns_are_told_before_anything_is_scored(scorer: Callable[..., Scorer]) -> None:
-    with scorer("strict", parse_reward({"name": "exact_match", "column": "gold"})) as it:
+    with scorer("strict", RewardSpec("exact_match", function=ExactMatch("gold"))) as it:
         it.check(["prompt", "level", "gold", "more"])
         with pytest.raises(UserError, match="'strict' needs the column 'level'"):
             it.check(["prompt", "gold"])
@@ -545,16 +549,28 @@ def test_workers_do_not_import_torch(scorer: Callable[..., Scorer], lab: Path) -
     (lab / "look.py").write_text(
         "import sys\ndef heavy(completions, **c): return [float(len({'torch', 'numpy', 'trl'} & sys.modules.keys()))]"
     )
-    with scorer(RewardSpec("r", function="look.heavy"), parse_reward("exact_match")) as it:
+    with scorer(RewardSpec("r", function="look.heavy"), EXACT) as it:
         (scored,) = it.score([group(["a"], answer="a")])
     assert scored.rollouts[0].scores["r"].value == 0.0
 
 
+def test_from_a_recipe(lab: Path) -> None:
+    recipe: Any = SimpleNamespace(
+        reward_specs=[RewardSpec("reward", function="lab.reward"), RewardSpec("rank", function="lab.scaled")],
+        scoring=SimpleNamespace(workers=2, timeout_s=5.0),
+        plugins=["lab"],
+        plugin_folders=(lab,),
+    )
+    with Scorer.from_recipe(recipe) as it:
+        it.check()
+        assert len(pids_of(it)) == 2
+        assert it.score([group(["ab"])])[0].rollouts[0].reward == 4.0
+
+
 def test_mistakes_in_arguments() -> None:
-    twice = [parse_reward("repetition"), parse_reward({"name": "repetition", "n": 4})]
-    with pytest.raises(ValueError, match="two rewards are called 'repetition'"):
-        Scorer(twice)
+    with pytest.raises(ValueError, match="two rewards are called 'exact_match'"):
+        Scorer([EXACT, EXACT])
     with pytest.raises(ValueError, match="workers >= 1"):
         Scorer([], workers=0)
-    with pytest.raises(ValueError, match="timeout_s > 0"):
+    with pytest.raises(ValueError, match="timeout_s > 0, not 1 and nan"):
         Scorer([], timeout_s=float("nan"))

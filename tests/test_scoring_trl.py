@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
+from trl.rewards.format_rewards import think_format_reward
+from trl.rewards.other_rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from alignment.reward_registry import RewardSpec, parse_reward
+from alignment.reward_registry import RewardSpec
 from alignment.scoring import Scorer
 from alignment.types import Group, Prompt, Rollout, SamplingParams
 from rewards import Overlong, Repetition
@@ -40,8 +41,8 @@ def test_factories_take_options() -> None:
         RewardSpec(
             "o", 1.0, "trl.rewards.get_soft_overlong_punishment", {"max_completion_len": 10, "soft_punish_cache": 4}
         ),
-        parse_reward({"name": "repetition", "n": 2, "max_penalty": 0.5}),
-        parse_reward({"name": "overlong", "max_tokens": 10, "cache_tokens": 4}),
+        RewardSpec("repetition", function=Repetition(n=2, max_penalty=0.5)),
+        RewardSpec("overlong", function=Overlong(max_tokens=10, cache_tokens=4)),
     ]
     with Scorer(specs, timeout_s=30) as scorer:
         (scored,) = scorer.score([group(["a"], "p", ids)])

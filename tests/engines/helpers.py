@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.objective import Objective
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.torch_learner import TorchLearner
 from alignment.types import Batch
@@ -114,3 +117,28 @@ def learner_of(
     """A learner on the CPU with a rate high enough to see weights move."""
     config = TorchLearnerConfig(**({"lr": 1e-2, "device": "cpu", "weight_decay": 0.1, "max_grad_norm": None} | options))
     return TorchLearner(module, config, total, seed, reference)
+
+
+def lora(seed: int = 0, dropout: float = 0.0) -> nn.Module:
+    """:func:`tiny` with a random adapter on every linear layer."""
+    module = tiny(seed=seed)
+    torch.manual_seed(seed + 1)
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False)
+    return get_peft_model(module, config)  # pyright: ignore[reportArgumentType]
+
+
+def weights(learner: TorchLearner) -> dict[str, Tensor]:
+    """A copy of all parameters."""
+    return {name: p.detach().clone() for name, p in learner.module.named_parameters()}
+
+
+def assert_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], rtol: float = 1e-5) -> None:
+    """Relative to the largest number of each tensor."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=rtol * max(1e-2, float(b[name].detach().abs().max())))
+
+
+def grpo(**options: Any) -> Objective:
+    """The default algorithm's objective."""
+    return Objective.of(Algorithm(**options), {})

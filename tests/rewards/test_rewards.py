@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from alignment.reward_registry import RewardFunction, parse_reward, reward_functions
+from alignment.reward_registry import RewardFunction, reward_functions
 from alignment.score import Score
 from rewards import ExactMatch, Format, Length, NumericMatch, Overlong, RelativeLength, Repetition
 from rewards.matching import last_number
@@ -153,7 +153,7 @@ def test_relative_length() -> None:
     assert lengths(RelativeLength(column=None), [10, 20, 30, 50]) == [0.5, 0.25, 0.0, -0.5]
     assert lengths(RelativeLength(), [7, 7], texts=["2", "3"], answer=["2", "2"]) == [0.0, 0.0]
     assert lengths(RelativeLength(), [7, 8], answer=[None, None]) == [None, None]
-    assert parse_reward("relative_length").whole_group and not parse_reward("exact_match").whole_group
+    assert RelativeLength.group_level, "its worth depends on the whole group"
 
 
 def test_repetition() -> None:
@@ -182,7 +182,7 @@ def test_repetition() -> None:
 )
 def test_bad_options_are_refused(entry: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        parse_reward(entry)
+        reward_functions.build(entry)
 
 
 @pytest.mark.parametrize("entry", list(reward_functions), ids=lambda e: e.name)

@@ -1,0 +1,208 @@
+"""Combinations that cannot work, plugins and modules beside a recipe, and secrets: found before anything starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment.recipe import load
+from tests.recipes_for_tests import BASE, only, problems, write
+
+ROOT = Path(__file__).parents[1]
+PLUGIN = """\
+from dataclasses import dataclass
+from typing import ClassVar
+
+from alignment.algorithms.advantages import advantages
+
+
+@advantages.register("{name}", source="this test")
+@dataclass(frozen=True)
+class {cls}:
+    \"\"\"Needs {needs}.\"\"\"
+
+    needs: ClassVar[tuple[str, ...]] = ("{needs}",)
+
+    def __call__(self, batch):
+        return batch.values_BT
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.path=x"],
+            "base.yaml:2: model: takes one of 'path' (a folder or a hub id) and 'build' (a new model); both",
+        ),
+        (
+            ["model.build=null"],
+            "base.yaml:2: model: takes one of 'path' (a folder or a hub id) and 'build' (a new model); n",
+        ),
+        (["model.build.alphabet='0120'"], "model.build.alphabet: each character once; given twice: '0'"),
+        (
+            ["model.build.hidden_size=30"],
+            "model.build.hidden_size: 30 must be an even number for each of 2 heads: 28 or 32",
+        ),
+        (["model.build.kv_heads=3"], "model.build.kv_heads: 3 does not divide heads (2): 1, 2 would do"),
+        (
+            ["model.build.max_positions=11"],
+            "model.build.max_positions: 11 is too short: data.max_prompt_tokens (8) + stages.1.sampling.max_tokens (4) "
+            "need at least 12",
+        ),
+        (["data.train=null"], "base.yaml:13: stages.1: a stage 'online' needs data.train"),
+        (["data.demonstrations=null"], "base.yaml:12: stages.0: a stage 'sft' needs data.demonstrations"),
+        (["rewards=[]"], "base.yaml:13: stages.1: a stage 'online' needs at least one entry in rewards"),
+        (["rewards=[exact_match, exact_match]"], "rewards.1: there is another reward column 'exact_match'; rename one"),
+        (["run.sinks=[jsonl, jsonl]"], "run.sinks.1: there is another sink 'jsonl'; keep one"),
+        (
+            ["stages.0.name=rl"],
+            "base.yaml:13: stages.1: there is another stage 'rl'; give each stage a 'name' of its own",
+        ),
+        (
+            ["stages.1.algorithm.minibatches=3"],
+            "stages.1.algorithm.minibatches: 3 does not divide prompts_per_step (8); minibatches 2 or 4 would do, or "
+            "prompts_per_step 6 or 9",
+        ),
+        (
+            ["stages.1.algorithm.minibatches=20"],
+            "stages.1.algorithm.minibatches: 20 does not divide prompts_per_step (8); minibatches 8 would do, or "
+            "prompts_per_step 20",
+        ),
+        (
+            ["stages.1.learner.micro_batch_tokens=11"],
+            "stages.1.learner.micro_batch_tokens: 11 does not hold the longest row: data.max_prompt_tokens (8) + "
+            "sampling.max_tokens (4) need at least 12",
+        ),
+        (
+            ["stages.1.group_size=1", "stages.1.curricula=[uniform]"],
+            "stages.1.group_size: 1 is too small: algorithm.advantage compares the completions of a prompt with each "
+            "other and needs at least 2",
+        ),
+        (
+            ["stages.1.group_size=1", "stages.1.algorithm.advantage=reinforce_pp"],
+            "stages.1.group_size: 1 is too small: curricula.1 compares",
+        ),
+        (["stages.1.sampling.top_p=0.9"], "stages.1.sampling.top_p: top_p leaves out tokens"),
+        (["stages.1.sampling.top_k=5"], "stages.1.sampling.top_k: top_k leaves out tokens"),
+        (["stages.1.sampling.temperature=0"], "stages.1.sampling.temperature: 0 samples greedily"),
+        (["stages.1.max_staleness=2"], "stages.1.max_staleness: 2 is more than this sampler allows (0)"),
+    ],
+)
+def test_impossible_combinations(tmp_path, overrides, message):
+    text = only(write(tmp_path), overrides=tuple(overrides))
+    assert text.startswith((message, f"--set {overrides[0]}: {message}")), text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stages.1.sampling={max_tokens: 4, top_p: 0.9, allow_truncated_sampling: true}"],
+        ["stages.1.group_size=1", "stages.1.curricula=[uniform]", "stages.1.algorithm.advantage=reinforce_pp"],
+        ["model.lora={rank: 2}"],
+        ["stages.1.algorithm.minibatches=8", "stages.1.learner.micro_batch_tokens=12", "model.build.max_positions=12"],
+        ["stages.1.algorithm.kl=k3"],
+        ["rewards=[exact_match, {name: exact_match, as: again}, {environment: tool}]"],
+        ["evaluation.sampling={max_tokens: 4, temperature: 0, top_k: 5}"],
+    ],
+)
+def test_combinations_that_work(tmp_path, overrides):
+    assert problems(write(tmp_path), overrides=tuple(overrides)) == []
+
+
+def test_combinations_are_checked_beside_other_mistakes_but_not_on_top_of_them(tmp_path):
+    path = write(tmp_path)
+    found = problems(path, overrides=("run.seed=x", "stages.1.group_size=1", "stages.1.algorithm.advantage=grop"))
+    places = [text.split(": ")[1] for text in found]
+    assert sorted(places) == ["run.seed", "stages.1.algorithm.advantage", "stages.1.group_size"]
+    assert "curricula.1" in found[2]  # of the advantage nothing is known, so nothing is said
+    assert only(path, overrides=("stages.1.algorithm.minibatches=3", "stages.1.prompts_per_step=x")).endswith("'x'")
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ("values", "needs values, which a critic makes, and this recipe has no critic (without a critic: "),
+        ("role:judge", "needs the model role 'judge', which nothing in this recipe provides"),
+        ("demonstrations", "needs data.demonstrations"),
+        ("reference", None),
+    ],
+)
+def test_what_components_need_must_be_there(tmp_path, needs, message):
+    name = "needs_" + needs.replace(":", "_")
+    (tmp_path / f"plugin_{name}.py").write_text(PLUGIN.format(name=name, cls=name.title(), needs=needs))
+    text = BASE.replace("advantage: grpo", f"advantage: {name}")
+    for line in BASE.splitlines(keepends=True):
+        if "demonstrations" in line or "stage: sft" in line:
+            text = text.replace(line, "")
+    found = problems(write(tmp_path, text + f"plugins: [plugin_{name}]\n"))
+    if message is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and found[0].startswith(f"base.yaml:19: stages.0.algorithm.advantage: {message}"), found
+        assert needs != "values" or ("grpo" in found[0] and name not in found[0])
+
+
+def test_plugins_that_fail_are_told_at_their_line(tmp_path):
+    (tmp_path / "broken_plugin.py").write_text("import no_such_module_anywhere\n")
+    (tmp_path / "raising_plugin.py").write_text("raise SystemExit('bye')\n")
+    text = BASE + "plugins:\n  - broken_plugin\n  - raising_plugin\n  - broken_plugn\n"
+    assert problems(write(tmp_path, text)) == [
+        "base.yaml:27: plugins.0: cannot import 'broken_plugin': No module named 'no_such_module_anywhere'",
+        "base.yaml:28: plugins.1: cannot import 'raising_plugin': SystemExit: bye",
+        "base.yaml:29: plugins.2: there is no module 'broken_plugn', neither installed nor in "
+        + f"{tmp_path}; did you mean 'broken_plugin'?",
+    ]
+
+
+def test_a_module_beside_the_recipe_that_another_one_hides_is_named(tmp_path):
+    (tmp_path / "rewards.py").write_text("def short(completions, **columns):\n    return [1.0]\n")
+    (tmp_path / "json.py").write_text("def short(completions, **columns):\n    return [1.0]\n")
+    path = write(tmp_path)
+    text = only(path, overrides=("rewards=[{function: rewards.short}]",))
+    assert "rewards.py cannot be imported: the name 'rewards' belongs to " in text
+    assert f"{ROOT}/rewards/__init__.py; rename the file, e.g. to my_rewards.py" in text
+    assert "rename the file, e.g. to my_json.py" in only(path, overrides=("rewards=[{function: json.short}]",))
+    assert problems(path) == []  # nobody asks for it
+    (tmp_path / "rewards.py").rename(tmp_path / "beside_rewards.py")
+    recipe = load([path], ["rewards=[{function: beside_rewards.short}]"])
+    assert recipe.rewards[0].function == "beside_rewards.short" and recipe.plugin_folders == (tmp_path,)
+
+
+def test_a_rewards_file_that_hides_the_shipped_rewards_is_named(tmp_path):
+    (tmp_path / "rewards.py").write_text("def short(completions, **columns):\n    return [1.0]\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from alignment.recipe import load, RecipeError\n"
+        f"try: load([{str(write(tmp_path))!r}])\n"
+        "except RecipeError as error: print(error.problems[0])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "'rewards' is the package of rewards that ships with alignment, but" in result.stdout, result.stderr
+    assert "rename that file, e.g. to my_rewards.py" in result.stdout
+
+
+def test_a_copied_recipe_finds_what_lies_beside_the_original(tmp_path):
+    (tmp_path / "copied_rewards.py").write_text("def short(completions, **columns):\n    return [1.0]\n")
+    (tmp_path / "run").mkdir()
+    copy = write(tmp_path / "run", BASE.replace("{name: exact_match", "{function: copied_rewards.short"))
+    assert "there is no module 'copied_rewards'" in only(copy)
+    recipe = load([copy], beside=tmp_path)
+    assert recipe.folder == tmp_path and recipe.plugin_folders == (tmp_path,)
+
+
+SECRET = "hf_" + "aB3" * 12
+
+
+@pytest.mark.parametrize(
+    "override", [f"model.path={SECRET}", f"model.revision={SECRET}", "model.hf_token=plain", SECRET]
+)
+def test_secrets_are_refused_and_never_shown(tmp_path, override):
+    found = problems(write(tmp_path), overrides=(override,))
+    assert found and not any(SECRET in text or "plain" in text for text in found)
+    assert override == SECRET or any("looks like a secret" in text and "HF_TOKEN" in text for text in found)
+
+
+def test_ordinary_names_are_no_secrets(tmp_path):
+    assert problems(write(tmp_path), overrides=("run.name=sk-small", "run.output=tokens/secret_garden")) == []
