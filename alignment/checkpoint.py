@@ -61,7 +61,7 @@ class Saved:
     """A checkpoint whose every file was found to be what was written."""
 
     step: int
-    path: Path
+    folder: Path
     meta: Mapping[str, Any]
 
 

@@ -43,7 +43,7 @@ def command(example: str) -> Callable[[Command], Command]:
         def run(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
-            except (UserError, StorageError) as error:
+            except (UserError, StorageError, FloatingPointError) as error:
                 Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
                 raise typer.Exit(getattr(error, "exit_code", 2)) from None
             except KeyboardInterrupt:

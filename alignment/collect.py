@@ -50,7 +50,8 @@ class Collector:
         first, which would favour short completions.
 
         Raises:
-            UserError: The bound was reached with too few groups, or too many rewards failed.
+            UserError: The bound was reached with too few groups.
+            ScoringFailed: Too many rewards failed.
         """
         accepted: list[Group] = []
         sampled: list[Group] = []
@@ -61,7 +62,7 @@ class Collector:
         while (missing := self.prompts_per_step - len(accepted)) and len(sampled) < budget:
             count = min(missing, budget - len(sampled))
             chosen, states = select_prompts(self.curricula, states, self.prompts, count, context)
-            for group in self._sample(chosen, state.launched + len(sampled)):
+            for group in self._sample(chosen, state.launched + len(sampled), state.step):
                 sampled.append(group)
                 by = keeps(self.curricula, states, group)
                 if by is None:
@@ -77,12 +78,12 @@ class Collector:
         after = replace(state, launched=state.launched + len(sampled), components=states)
         return Sealed(tuple(accepted), tuple(sampled), dropped, after)
 
-    def _sample(self, prompts: Sequence[Prompt], first_uid: int) -> list[Group]:
+    def _sample(self, prompts: Sequence[Prompt], first_uid: int, step: int) -> list[Group]:
         uids = range(first_uid, first_uid + len(prompts))
         with self.phases("sample"):
             groups = play(self.player, prompts, uids, self.group_size, self.params, self.seed)
         with self.phases("score"):
-            return self.scorer.score(groups)
+            return self.scorer.score(groups, step=step)
 
 
 def prefetch(collector: Collector, newest: Callable[[], TrainState], max_staleness: int) -> Iterator[Sealed]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignment.checkpoint import Checkpoints
 from alignment.errors import UserError
-from alignment.models import load_model, save_model
+from alignment.models import Model, load_model, save_model
 from alignment.recipe_sections import ModelConfig
 from alignment.runs import Run, resolve
 from alignment.tensorfile import digest, read_tensors
@@ -49,7 +49,7 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
     saved = Checkpoints(source / "checkpoints").load(which, log.warning)
 
     model = load_model(config, keyed_seed(recipe["run"]["seed"], "model"))
-    load_policy(model.module, saved.path)
+    _copy_policy(saved.folder, model.module)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".tmp-{target.name}-{uuid4().hex}")
     try:
@@ -65,12 +65,19 @@ def policy_weights(checkpoint: Path) -> dict[str, Tensor]:
     return read_tensors(checkpoint / "learner" / "policy.safetensors")
 
 
-def load_policy(module: nn.Module, checkpoint: Path) -> None:
-    """Copies a checkpoint's policy into ``module``, which was loaded as the recipe of that run says.
+def load_policy(model: Model, run: str, output: str | Path = "runs") -> None:
+    """Copies the policy of ``RUN[@step|@best]`` into a model of the same kind; the checkpoint is verified first.
 
     Raises:
-        UserError: The module has other weights, or those that were not trained are not the ones of that run.
+        UserError: There is no such run or step, the model has other weights, or those that were not trained are not
+            the ones of that run.
+        CheckpointDamaged: The checkpoint is not what was written.
     """
+    source, which = resolve(run, output)
+    _copy_policy(Checkpoints(source / "checkpoints").load(which, log.warning).folder, model.module)
+
+
+def _copy_policy(checkpoint: Path, module: nn.Module) -> None:
     persistent = module.state_dict().keys()
     own = {n: t for n, t in module.named_buffers() if n in persistent} | dict(module.named_parameters())
     new = policy_weights(checkpoint)

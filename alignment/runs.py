@@ -203,7 +203,7 @@ def truncate_jsonl(path: Path, last_step: int) -> int:
         How many lines went.
 
     Raises:
-        ValueError: A line in the middle is not a JSON object with a ``step``.
+        UserError: A line in the middle is not a JSON object with a ``step``.
     """
     if not path.exists():
         return 0
@@ -235,4 +235,4 @@ def _step(line: bytes, place: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place}: not a JSON object with a 'step'; repair or remove the line") from error
+        raise UserError(f"{place}: not a JSON object with a 'step'; repair or remove the line") from error

@@ -21,7 +21,7 @@ from alignment.scoring_worker import PROVIDED, Sample, Verdict, pack
 from alignment.types import FAILED, Group, Prompt, Rollout, Score
 
 
-class ScoringFailed(RuntimeError):
+class ScoringFailed(UserError):
     """Too many rollouts could not be scored; says how many, by reward and status, and why the first one failed."""
 
 

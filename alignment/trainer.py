@@ -109,6 +109,9 @@ def _run(
         except Stopped as stopped:
             job.save()
             result = _result(job, checkpoints, "interrupted", stopped.exit_code)
+        except UserError:  # the batch could not be collected: the last completed step is whole
+            job.save()
+            raise
         else:
             result = _result(job, checkpoints, "complete", 0)
     run.write_result(result)

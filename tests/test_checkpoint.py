@@ -72,7 +72,7 @@ def test_a_save_publishes_files_manifest_and_pointer(checkpoints):
     assert (checkpoints.root / "LATEST").read_text() == "step_00000007\n"
     assert sorted(p.name for p in checkpoints.root.iterdir()) == ["LATEST", "step_00000007"]
     saved = checkpoints.latest(unused)
-    assert (saved.step, saved.path, saved.meta) == (7, path, {**META, "seconds": {"rl": 1.5}})
+    assert (saved.step, saved.folder, saved.meta) == (7, path, {**META, "seconds": {"rl": 1.5}})
 
 
 @pytest.mark.parametrize(("keep_last", "kept"), [(1, [50]), (2, [40, 50]), (9, [10, 20, 30, 40, 50])])
@@ -102,7 +102,7 @@ def test_nothing_is_kept_means_nothing_to_resume_from(tmp_path):
 def test_saving_a_step_again_replaces_it(checkpoints):
     save(checkpoints, 10, 20)
     checkpoints.save(20, lambda folder: (folder / "other").write_text("new"), META)
-    assert (checkpoints.latest(unused).path / "other").read_text() == "new"
+    assert (checkpoints.latest(unused).folder / "other").read_text() == "new"
     assert sorted(p.name for p in checkpoints.root.iterdir()) == ["LATEST", "step_00000010", "step_00000020"]
 
 
@@ -368,6 +368,18 @@ def test_death_at_any_point_of_a_save_leaves_a_verified_checkpoint(tmp_path, sce
 
 
 @pytest.mark.usefixtures("no_fsync")
+def test_a_replacement_that_died_twice_still_has_the_old_one(checkpoints):
+    """The first death is between the two renames of a replacement, the second one anywhere in the save after it."""
+    save(checkpoints, 10)
+    (checkpoints.root / "step_00000010").rename(checkpoints.root / f".replaced-step_00000010-{'0' * 32}")
+    assert checkpoints.steps() == [10]
+    assert_sound(checkpoints, 10, 10)
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.save(10, lambda folder: 1 / 0, META)
+    assert checkpoints.latest(unused).folder == checkpoints.root / "step_00000010"
+
+
+@pytest.mark.usefixtures("no_fsync")
 def test_death_while_marking_the_best_leaves_the_old_or_the_new_one(tmp_path):
     for k in range(1, 50):
         checkpoints = Checkpoints(tmp_path / str(k), 2)
@@ -403,7 +415,7 @@ def test_sigkill_at_random_times(checkpoints):
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         saved = checkpoints.latest(unused)
-        assert saved is None or verify(saved.path) == []
+        assert saved is None or verify(saved.folder) == []
         if (checkpoints.root / "LATEST").exists():
             step = int((checkpoints.root / "LATEST").read_text().removeprefix("step_"))
             assert checkpoints.load(step, unused).step == step

@@ -163,12 +163,21 @@ def test_another_base_model_is_noticed(adapted, base, tmp_path):
         weights.write_bytes(good)
 
 
+def test_a_policy_is_copied_into_a_model_of_the_same_kind(full):
+    model = models.load_model(ModelConfig.model_validate({"build": BUILD}), 0)
+    load_policy(model, f"{full[0]}@100")
+    assert torch.equal(logits(model.module), full[1][100])
+    load_policy(model, "full", full[0].parent)
+    assert torch.equal(logits(model.module), full[1][300])
+    with pytest.raises(UserError, match="step 150 has no checkpoint"):
+        load_policy(model, f"{full[0]}@150")
+
+
 def test_weights_of_another_model_are_refused_before_anything_changes(full):
-    checkpoint = full[0] / "checkpoints/step_00000100"
-    assert "lm_head.weight" in policy_weights(checkpoint) or "model.embed_tokens.weight" in policy_weights(checkpoint)
+    assert "model.embed_tokens.weight" in policy_weights(full[0] / "checkpoints/step_00000100")
     for changes, message in (({"hidden_size": 32}, "another size"), ({"layers": 3}, "other weights")):
         other = models.load_model(ModelConfig.model_validate({"build": {**BUILD, **changes}}), 0)
         before = {name: p.clone() for name, p in other.module.named_parameters()}
         with pytest.raises(UserError, match=message):
-            load_policy(other.module, checkpoint)
+            load_policy(other, f"{full[0]}@100")
         assert all(torch.equal(p, before[name]) for name, p in other.module.named_parameters())

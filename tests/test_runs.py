@@ -227,7 +227,7 @@ def test_a_line_without_a_step_is_named_and_nothing_changes(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         truncate_jsonl(path, 1)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
