@@ -46,8 +46,6 @@ def command(example: str) -> Callable[[Command], Command]:
             except (UserError, StorageError, FloatingPointError) as error:
                 Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
                 raise typer.Exit(getattr(error, "exit_code", 2)) from None
-            except KeyboardInterrupt:
-                raise typer.Exit(130) from None
 
         app.command(function.__name__.rstrip("_"), epilog=f"Example: [bold]{example}[/bold]")(run)
         return function

@@ -82,8 +82,8 @@ class Job:
     def evaluate_if_due(self, step: int) -> Evaluation | None:
         """Evaluates the published policy when ``step`` is due: by the cadence, and at both ends of a stage."""
         config = self.recipe.evaluation
-        ends = self.state.stage_step + 1 >= self.stage.steps
-        due = step == self.state.step or ends or (config.every and step % config.every == 0)
+        stage_step = self.state.stage_step + step - self.state.step
+        due = stage_step in (0, self.stage.steps) or bool(config.every and step % config.every == 0)
         if not self.held_out or not due or step in self.evaluations:
             return None
         with self.phases("evaluate"):
@@ -97,7 +97,6 @@ class Job:
                 self.recipe.scoring.max_failed_share,
             )
         self.evaluations[step] = found
-        stage_step = self.state.stage_step + (step - self.state.step)
         self.sink.log(self._record(step, stage_step, "eval", found.flat()))
         return found
 
@@ -120,15 +119,15 @@ class Job:
         Raises:
             Stopped: By Ctrl-C or SIGTERM, once the step is complete.
         """
-        verdicts = sum(r.scored for g in groups for r in g.rollouts)
-        name = f"verdicts/{self.stage.name}"
-        self.state = state = replace(
-            state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts} if groups else state.counters
-        )
+        if groups:
+            name, verdicts = f"verdicts/{self.stage.name}", sum(r.scored for g in groups for r in g.rollouts)
+            state = replace(state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts})
+        self.state = state
         self._tick()
         timed = self.phases.flush(int(metrics.get("tokens", 0)))
         self.sink.log(self._record(state.step, state.stage_step, "train", {**metrics, **timed}))
-        if groups:
+        every = self.recipe.run.rollouts_every
+        if groups and every and (state.step % every == 0 or state.stage_step == 1):
             self.sink.rollouts(state.step, self.stage.name, groups)
         if self._save_due():
             self.save()
@@ -152,7 +151,7 @@ class Job:
 
     def save(self) -> None:
         """Publishes a checkpoint of the last completed step, once."""
-        if self.saved_step == self.state.step:
+        if self.state.step in (0, self.saved_step):
             return
         with self.phases("save"):
             self._tick()
@@ -176,10 +175,9 @@ class Job:
         return ends or bool(every and self.state.step % every == 0) or self._is_best()
 
     def _is_best(self) -> bool:
-        """Whether the newest step is the best evaluated one of its stage and the ones before."""
-        here = self.evaluations.get(self.state.step)
-        others = [e.accuracy for step, e in self.evaluations.items() if step != self.state.step]
-        return here is not None and here.accuracy > max(others, default=-1.0)
+        """Whether the last completed step was evaluated, and as better than every checkpoint before it."""
+        here, best = self.evaluations.get(self.state.step), self.checkpoints.best
+        return here is not None and (best is None or here.accuracy > best.value)
 
     def _record(self, step: int, stage_step: int, kind: Any, metrics: Mapping[str, float]) -> Record:
         stage = self.stage

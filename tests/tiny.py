@@ -20,7 +20,7 @@ from alignment.signals import GracefulStop
 from alignment.trainer import _data
 
 RECIPE: dict[str, Any] = {
-    "run": {"name": "tiny", "seed": 3, "save_every": 2, "keep_last": 10, "sinks": ["jsonl"], "flight_steps": 2},
+    "run": {"name": "tiny", "seed": 3, "save_every": 2, "keep_last": 10, "sinks": ["jsonl"], "flight_steps": 2, "rollouts_every": 1},
     "model": {
         "build": {
             "alphabet": "0123456789+=",

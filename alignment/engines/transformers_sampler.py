@@ -240,9 +240,9 @@ def draw(logits_MV: Tensor, temperature_M: Tensor, uniform_M: Tensor) -> tuple[T
     """
     logp_MV = (logits_MV / _divisor(temperature_M)[:, None]).log_softmax(dim=1)
     cdf_MV = logp_MV.double().exp().cumsum(1)
-    total_M1 = cdf_MV[:, -1:]
-    # Strictly below the total, and to the right of equal values: a token of probability 0 is never chosen.
-    target_M1 = torch.minimum(uniform_M[:, None] * total_M1, torch.nextafter(total_M1, torch.zeros_like(total_M1)))
+    # Below the total, since no uniform number is above 1 - 2^-53; and to the right of equal values of the distribution
+    # function: a token of probability 0 is never chosen.
+    target_M1 = uniform_M[:, None] * cdf_MV[:, -1:]
     token_M1 = torch.searchsorted(cdf_MV, target_M1, right=True).clamp(max=logits_MV.shape[1] - 1)
     logp_M = logp_MV.gather(1, token_M1)[:, 0]
     greedy_M = temperature_M == 0.0

@@ -193,9 +193,12 @@ def test_temperature_0_is_greedy_also_among_sampled_rows():
 def test_each_prompt_is_computed_once_and_finished_rows_leave_the_batch():
     module = tiny("Qwen3")
     shapes: list[tuple[int, ...]] = []
-    module.register_forward_pre_hook(
-        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+
+    def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        assert not torch.is_grad_enabled()
+
+    module.register_forward_pre_hook(note, with_kwargs=True)
     requests = [Request(f"{i}", (3, 4, 5), SamplingParams(1 + i), i) for i in range(8)]
     requests += [Request(f"other{i}", (7,), SamplingParams(8), i) for i in range(2)]
     run(module, requests)
@@ -318,7 +321,7 @@ def test_truncation_by_hand():
     assert kept(logits, top_k=2, top_p=0.63) == [1, 3]
     # At temperature 0.5 the first has 0.25 / 0.365 = 0.68.
     assert kept(logits, temperature=0.5, top_p=0.6) == [1]
-    assert kept(torch.zeros(4), top_k=2) == [0, 1]  # ties
+    assert kept(torch.zeros(3000), top_k=2) == [0, 1]  # ties
 
 
 def test_truncation_is_that_of_transformers():
@@ -331,7 +334,7 @@ def test_truncation_is_that_of_transformers():
 
 
 def test_rows_that_do_not_truncate_are_left_alone_beside_rows_that_do():
-    logits = torch.tensor([0.0, *[-25.0] * 30])  # the tail is lost when mass is summed in float32
+    logits = torch.tensor([0.0, *[-40.0] * 30])  # the tail is lost when mass is summed
     both = truncate(logits.expand(2, -1), torch.ones(2), torch.tensor([0, 3]), torch.tensor([1.0, 1.0]))
     assert torch.equal(both[0], logits)
     assert (both[1] > -math.inf).sum() == 3
