@@ -32,17 +32,11 @@ def collate(
         pad_id: Token that fills rows up; it is never attended to by a real token and never trained on.
         objectives: Names of the K reward components, in the order of the recipe.
         weights: One fixed weight per component.
-        step: Of the run, recorded in the batch.
-        seed: Of the run, recorded in the batch.
-
-    Raises:
-        ValueError: There is no rollout, or ``weights`` and ``objectives`` differ in length.
+        step: Of the run, recorded in the batch; so is ``seed``.
     """
-    if len(objectives) != len(weights):
-        raise ValueError(f"{len(objectives)} objectives need as many weights, not {len(weights)}")
+    assert len(objectives) == len(weights), f"{objectives} need as many weights, not {weights}"
     rollouts = [r for g in groups for r in g.rollouts]
-    if not rollouts:
-        raise ValueError(f"a batch needs at least one rollout; the {len(groups)} groups given hold none")
+    assert rollouts, f"a batch needs at least one rollout; the {len(groups)} groups given hold none"
     prompt_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
     length_B = prompt_B + torch.tensor([len(r.token_ids) for r in rollouts])
     position_T = torch.arange(int(length_B.max()))

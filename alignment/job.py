@@ -108,9 +108,7 @@ class Job:
             recorder = FlightRecorder(self.run.flight, keep, lambda i: decode(self.model.tokenizer, [i]))
             recorder.record(batch, watched, states, state.stage, state.step, metrics)
 
-    def finish_step(
-        self, state: TrainState, metrics: Mapping[str, float], groups: Sequence[Group] = ()
-    ) -> TrainState:
+    def finish_step(self, state: TrainState, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> TrainState:
         """Counts, logs and, when due, saves a completed step; then stops if a stop was asked for.
 
         Returns:

@@ -32,20 +32,7 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         UserError: A batch could not be filled, or too many rewards failed.
     """
     algorithm, learner, phases = stage.algorithm, job.learner, job.phases
-    components = stage.components()
-    collector = Collector(
-        player=job.player(stage.environment),
-        scorer=job.scorer,
-        prompts=job.prompts,
-        curricula=stage.curricula,
-        prompts_per_step=stage.prompts_per_step,
-        group_size=stage.group_size,
-        params=job.params(stage.sampling),
-        max_failed_share=job.recipe.scoring.max_failed_share,
-        seed=job.seed,
-        roles=handles(learner.roles),
-        phases=phases,
-    )
+    components, collector = stage.components(), _collector(job, stage)
     publish(learner, job.sampler, state.step)
 
     for sealed in prefetch(collector, lambda: job.state, stage.max_staleness):
@@ -72,3 +59,20 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         if state.stage_step >= stage.steps:
             break
     return state
+
+
+def _collector(job: Job, stage: OnlineStage) -> Collector:
+    """What fills the stage's batches."""
+    return Collector(
+        player=job.player(stage.environment),
+        scorer=job.scorer,
+        prompts=job.prompts,
+        curricula=stage.curricula,
+        prompts_per_step=stage.prompts_per_step,
+        group_size=stage.group_size,
+        params=job.params(stage.sampling),
+        max_failed_share=job.recipe.scoring.max_failed_share,
+        seed=job.seed,
+        roles=handles(job.learner.roles),
+        phases=job.phases,
+    )

@@ -20,6 +20,7 @@ from alignment.algorithms.state import fresh
 from alignment.errors import UserError
 from alignment.flight import Flight, Update, load_flight
 from alignment.recipe import OnlineStage, Recipe, load
+from alignment.runs import Run
 from alignment.types import Batch, masked_mean
 
 ANNOTATED = {"old_logp": "old_logp_BT", "reference": "ref_logp_BT", "entropy": "entropy_BT", "values": "values_BT"}
@@ -61,7 +62,8 @@ def replay(run: Path, step: int, overrides: Sequence[str] = (), console: Console
         UserError: No such step; the changed recipe is wrong, or needs what was not recorded.
     """
     flight = load_flight(run / "flight", step)
-    recipe, changed = load([run / "recipe.yaml"]), load([run / "recipe.yaml"], overrides)
+    known = Run(run)
+    recipe, changed = (load([known.recipe], texts, known.beside) for texts in ((), overrides))
     weights = {spec.column: spec.weight for spec in changed.rewards}
     was = dict(zip(flight.batch.objectives, flight.batch.weights_K.tolist(), strict=True))
     weights_K = torch.tensor([weights.get(name, was[name]) for name in was], dtype=torch.float32)

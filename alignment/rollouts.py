@@ -110,9 +110,7 @@ def play(
     return [Group(uid, prompt, tuple(rollouts[uid])) for prompt, uid in zip(prompts, uids, strict=True)]
 
 
-def _start(
-    player: Player, prompt: Prompt, uid: int, samples: int, params: SamplingParams, seed: int
-) -> list[_Episode]:
+def _start(player: Player, prompt: Prompt, uid: int, samples: int, params: SamplingParams, seed: int) -> list[_Episode]:
     """The episodes of one prompt, which share its tokens."""
     opened = [player.environment.reset(prompt.row) for _ in range(samples)]
     prompt_ids = encode_prompt(player.tokenizer, opened[0][1])

@@ -27,7 +27,7 @@ from alignment.errors import UserError
 from alignment.jsonl import to_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-RECIPE, LOCK = "recipe.yaml", ".lock"
+RECIPE, BESIDE, LOCK = "recipe.yaml", ".recipe_folder", ".lock"
 _held: set[Path] = set()
 
 
@@ -72,12 +72,18 @@ class Run:
         """Folder of the flight recorder."""
         return self.folder / "flight"
 
-    def write_recipe(self, resolved: Mapping[str, Any]) -> None:
-        """Writes ``recipe.yaml``: JSON values, in their order."""
+    def write_recipe(self, resolved: Mapping[str, Any], beside: Path) -> None:
+        """Writes ``recipe.yaml``: JSON values, in their order; and where its data and modules are found."""
         yaml, text = YAML(), io.StringIO()
         yaml.width = 120
         yaml.dump(json.loads(json.dumps(resolved)), text)
         replace_file(self.recipe, text.getvalue().encode())
+        replace_file(self.folder / BESIDE, f"{beside.resolve()}\n".encode())
+
+    @property
+    def beside(self) -> Path:
+        """The folder of the recipe that the run was started with."""
+        return Path((self.folder / BESIDE).read_text(encoding="utf-8").rstrip("\n"))
 
     def read_recipe(self) -> dict[str, Any]:
         """What :meth:`write_recipe` wrote.

@@ -78,7 +78,7 @@ def train(
         if run.result.exists() and _is_complete(recipe, state):
             log.warning("%s is complete at step %d; --fresh starts it again", run.folder, state.step)
             return {**run.read_result(), "exit_code": 0}
-        run.write_recipe(recipe.resolved())
+        run.write_recipe(recipe.resolved(), recipe.folder)
         with Sinks([*make_sinks(recipe), *sinks]) as sink:
             return _run(recipe, run, checkpoints, saved, state, sink, stop, init_from)
 
@@ -144,7 +144,8 @@ def _data(recipe: Recipe, model: Model) -> tuple[list[Prompt], list[Prompt], Map
     """Prompts to train on, held-out prompts, and demonstrations by prompt."""
     data, environment = recipe.data, recipe.evaluation_environment
     train, held_out, shown = (
-        source.load(recipe.folder) if source is not None else [] for source in (data.train, data.eval, data.demonstrations)
+        source.load(recipe.folder) if source is not None else []
+        for source in (data.train, data.eval, data.demonstrations)
     )
     eos_id = stop_ids(model.tokenizer, model.module)[0]
     written = [demonstration(prompt, model.tokenizer, eos_id, environment) for prompt in shown]
@@ -198,7 +199,9 @@ def _result(job: Job, checkpoints: Checkpoints, status: Any, exit_code: int) -> 
             after=stages[-1].after,
             best={"step": best.step, "accuracy": best.value} if best else None,
             folder=job.run.folder,
-            files={name: what for name, what in FILES.items() if name == "result.json" or (job.run.folder / name).exists()},
+            files={
+                name: what for name, what in FILES.items() if name == "result.json" or (job.run.folder / name).exists()
+            },
         ),
         "exit_code": exit_code,
     }

@@ -56,7 +56,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Tokens in: one completion to sample. ``seed`` alone determines its random numbers, whatever is batched with it."""
+    """Tokens in: one completion to sample. Its random numbers depend on ``seed`` alone, not on the batch around it."""
 
     id: str
     prompt_ids: tuple[int, ...]

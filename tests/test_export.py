@@ -32,7 +32,9 @@ def trained(output, name, config, steps=(100,)):
     learner = TorchLearner(model.module, TorchLearnerConfig(), total_updates=1, seed=0)
     expected = {}
     with open_run(output, name) as run:
-        run.write_recipe({"plugins": ["not_installed_here"], "run": {"name": name, "seed": 3}, "model": config})
+        run.write_recipe(
+            {"plugins": ["not_installed_here"], "run": {"name": name, "seed": 3}, "model": config}, run.folder
+        )
         checkpoints = Checkpoints(run.checkpoints, 9)
         for step in steps:
             torch.manual_seed(step)

@@ -42,7 +42,7 @@ def recorded_run(tmp_path):
         folder.mkdir(exist_ok=True)
         source = folder / "source.yaml"
         source.write_text(RECIPE.replace("ALGORITHM", algorithm))
-        Run(folder).write_recipe(load([source]).resolved())
+        Run(folder).write_recipe(load([source]).resolved(), folder)
         learned = record_step(folder / "flight", algorithm_of(folder), **options)
         return folder, learned
 

@@ -33,7 +33,7 @@ def exit_status(pid):
 @pytest.fixture
 def run(tmp_path):
     with open_run(tmp_path, "quick") as run:
-        run.write_recipe({"run": {"name": "quick"}})
+        run.write_recipe({"run": {"name": "quick"}}, tmp_path)
     checkpoints = Checkpoints(run.checkpoints, 5)
     for step in (100, 200):
         checkpoints.save(step, lambda folder: (folder / "state.json").write_text("{}"), META)
@@ -190,7 +190,7 @@ def test_the_recipe_reads_back_as_it_was_by_both_readers(tmp_path):
         "long": "word " * 60,
     }
     run = Run(tmp_path)
-    run.write_recipe(resolved)
+    run.write_recipe(resolved, tmp_path)
     assert run.read_recipe() == resolved
     assert list(run.read_recipe()) == list(resolved)
     back = plain(read_file(run.recipe))

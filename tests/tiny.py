@@ -20,7 +20,15 @@ from alignment.signals import GracefulStop
 from alignment.trainer import _data
 
 RECIPE: dict[str, Any] = {
-    "run": {"name": "tiny", "seed": 3, "save_every": 2, "keep_last": 10, "sinks": ["jsonl"], "flight_steps": 2, "rollouts_every": 1},
+    "run": {
+        "name": "tiny",
+        "seed": 3,
+        "save_every": 2,
+        "keep_last": 10,
+        "sinks": ["jsonl"],
+        "flight_steps": 2,
+        "rollouts_every": 1,
+    },
     "model": {
         "build": {
             "alphabet": "0123456789+=",
@@ -56,7 +64,7 @@ RECIPE: dict[str, Any] = {
 
 
 def merged(base: Any, change: Any) -> Any:
-    """``base`` with the keys of ``change``; lists are merged entry by entry where the change is a mapping of indices."""
+    """``base`` with the keys of ``change``; a mapping of indices changes entries of a list."""
     if isinstance(base, list) and isinstance(change, Mapping):
         return [merged(value, change[i]) if i in change else value for i, value in enumerate(base)]
     if isinstance(base, Mapping) and isinstance(change, Mapping):
@@ -87,7 +95,9 @@ def online_job(recipe: Recipe, stage: OnlineStage) -> Iterator[Job]:
         model = load_model(recipe.model, recipe.run.seed)
         recipe = recipe.model_copy(update={"stages": (stage,)})
         sinks = Sinks([])
-        job = Job(recipe, run, model, scorer, Checkpoints(run.checkpoints, 3), sinks, GracefulStop(), *_data(recipe, model))
+        job = Job(
+            recipe, run, model, scorer, Checkpoints(run.checkpoints, 3), sinks, GracefulStop(), *_data(recipe, model)
+        )
         job.learner = stage.learner.build(model, stage.steps, 0, stage.needs_reference)
         job.sampler = stage.sampler.build(job.learner.module)
         job.state = replace(job.state, components=fresh(stage.components()))
