@@ -186,7 +186,7 @@ def resolve(address: str, output: str | Path = "runs") -> tuple[Path, Which]:
         text, suffix = address, ""
     folder = _folder(text, Path(output))
     if folder is None:
-        names = sorted(p.name for p in Path(output).iterdir() if (p / RECIPE).exists()) if Path(output).is_dir() else []
+        names = sorted(p.name for p in Path(output).iterdir() if (p / BESIDE).exists()) if Path(output).is_dir() else []
         there = f"runs in {output}: {', '.join(names)}" if names else f"there are no runs in {output}"
         raise UserError(f"there is no run {text}; {there}")
     steps = Checkpoints(folder / "checkpoints").steps()
@@ -230,9 +230,9 @@ def truncate_jsonl(path: Path, last_step: int) -> int:
 
 
 def _folder(text: str, output: Path) -> Path | None:
-    """A run's folder: it has a recipe or checkpoints."""
+    """A run's folder. A recipe alone does not make one: a project has that too."""
     for folder in (Path(text), output / text):
-        if (folder / RECIPE).exists() or (folder / "checkpoints").is_dir():
+        if (folder / BESIDE).exists() or (folder / "checkpoints").is_dir():
             return folder
     return None
 
