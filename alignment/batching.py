@@ -32,7 +32,8 @@ def collate(
         pad_id: Token that fills rows up; it is never attended to by a real token and never trained on.
         objectives: Names of the K reward components, in the order of the recipe.
         weights: One fixed weight per component.
-        step: Of the run, recorded in the batch; so is ``seed``.
+        step: Of the run, recorded in the batch.
+        seed: Of the run, recorded in the batch.
     """
     assert len(objectives) == len(weights), f"{objectives} need as many weights, not {weights}"
     rollouts = [r for g in groups for r in g.rollouts]
@@ -42,7 +43,6 @@ def collate(
     position_T = torch.arange(int(length_B.max()))
     present_BT = position_T < length_B[:, None]
     after_prompt_BT = present_BT & (position_T >= prompt_B[:, None])
-
     loss_mask_BT = _fill(after_prompt_BT, False, torch.bool, [r.loss_mask for r in rollouts])
     trained_B = torch.tensor([r.scored or r.source == "demonstration" for r in rollouts])
     return Batch(

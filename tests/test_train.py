@@ -14,6 +14,13 @@ import pytest
 import torch
 
 import alignment
+from alignment.algorithms.advantages import advantages
+from alignment.algorithms.aggregations import aggregations
+from alignment.algorithms.corrections import corrections
+from alignment.algorithms.entropy_controls import entropy_controls
+from alignment.algorithms.kl_penalties import kl_penalties
+from alignment.algorithms.policy_losses import policy_losses
+from alignment.algorithms.weightings import weightings
 from alignment.checkpoint import Checkpoints
 from alignment.errors import UserError
 from alignment.metrics import Record
@@ -209,21 +216,20 @@ def test_ctrl_c_in_a_shell_exits_130_and_a_killed_run_goes_on(tmp_path):
     assert alignment.train(recipe)["status"] == "complete"
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    [
-        *({"advantage": a} for a in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo")),
-        *({"policy_loss": p, "epochs": 2} for p in ("reinforce", "clip", "gspo", "cispo")),
-        {"aggregation": "sequence_mean"},
-        {"aggregation": "sequence_sum"},
-        {"aggregation": {"name": "constant", "length": 4}},
-        *({"kl": {"name": k, "coefficient": 0.1}} for k in ("k1", "k2", "k3", "k3_straight_through")),
-        *({"correction": c} for c in (None, "icepop", "sequence_tis", "sequence_mask", "geometric_mask")),
-        {"weighting": "normalised"},
-        {"entropy_controls": ["bonus"]},
-    ],
-    ids=str,
-)
+MATRIX: list[dict[str, Any]] = [
+    *({"advantage": a} for a in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo")),
+    *({"policy_loss": p, "epochs": 2} for p in ("reinforce", "clip", "gspo", "cispo")),
+    {"aggregation": "sequence_mean"},
+    {"aggregation": "sequence_sum"},
+    {"aggregation": {"name": "constant", "length": 4}},
+    *({"kl": {"name": k, "coefficient": 0.1}} for k in ("k1", "k2", "k3", "k3_straight_through")),
+    *({"correction": c} for c in (None, "icepop", "sequence_tis", "sequence_mask", "geometric_mask")),
+    {"weighting": "normalised"},
+    {"entropy_controls": ["bonus"]},
+]
+
+
+@pytest.mark.parametrize("algorithm", MATRIX, ids=str)
 def test_every_component_runs_end_to_end(tmp_path, algorithm):
     rewards = [{"name": "format", "pattern": "[0-4].*"}, {"name": "exact_match", "weight": 0.5}]
     change = {"rewards": rewards, "stages": {0: {"steps": 1}, 1: {"steps": 2, "algorithm": algorithm}}}
@@ -231,6 +237,21 @@ def test_every_component_runs_end_to_end(tmp_path, algorithm):
     alignment.train(tiny(tmp_path, change), sinks=[sink])
     update = sink.records[-1].metrics
     assert update["optimizer_steps"] == algorithm.get("epochs", 1) and update["grad_norm"] > 0
+
+
+def test_what_says_end_to_end_is_in_the_matrix():
+    kinds = {"advantage": advantages, "policy_loss": policy_losses, "aggregation": aggregations, "kl": kl_penalties}
+    kinds |= {"correction": corrections, "weighting": weightings, "entropy_controls": entropy_controls}
+    defaults = {"clip", "token_mean", "tis", "fixed"}
+    for key, registry in kinds.items():
+        parts = [part for algorithm in MATRIX for part in [algorithm.get(key)] if part is not None]
+        names = {
+            p if isinstance(p, str) else p["name"]
+            for part in parts
+            for p in (part if isinstance(part, list) else [part])
+        }
+        claimed = {entry.name for entry in registry if entry.evidence == "end to end"}
+        assert claimed - defaults <= names
 
 
 def test_calculator_turns_are_masked_and_trained_around(tmp_path):

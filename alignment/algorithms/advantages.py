@@ -94,7 +94,11 @@ class Grpo:
         return to_tokens(adv_B, batch)
 
 
-@advantages.register("dr_grpo", source="Understanding R1-Zero-Like Training: A Critical Perspective (arXiv 2503.20783)")
+@advantages.register(
+    "dr_grpo",
+    source="Understanding R1-Zero-Like Training: A Critical Perspective (arXiv 2503.20783)",
+    evidence="end to end",
+)
 @dataclass(frozen=True)
 class DrGrpo:
     """Reward relative to the group's mean, without division by the standard deviation.
@@ -112,6 +116,7 @@ class DrGrpo:
     "rloo",
     source="Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs "
     "(arXiv 2402.14740)",
+    evidence="end to end",
 )
 @dataclass(frozen=True)
 class Rloo:
@@ -127,7 +132,9 @@ class Rloo:
         return to_tokens(_above_mean(batch) * size_B / (size_B - 1).clamp(min=1), batch)
 
 
-@advantages.register("opo", source="On-Policy RL with Optimal Reward Baseline (arXiv 2505.23585)")
+@advantages.register(
+    "opo", source="On-Policy RL with Optimal Reward Baseline (arXiv 2505.23585)", evidence="end to end"
+)
 @dataclass(frozen=True)
 class Opo:
     """Reward relative to the group's length-weighted mean.
@@ -147,7 +154,7 @@ class Opo:
 _REINFORCE_PP = "REINFORCE++: A Simple and Efficient Approach for Aligning Large Language Models (arXiv 2501.03262)"
 
 
-@advantages.register("reinforce_pp", source=_REINFORCE_PP)
+@advantages.register("reinforce_pp", source=_REINFORCE_PP, evidence="end to end")
 @dataclass(frozen=True)
 class ReinforcePp:
     """Discounted return of each token, whitened over all trained tokens of the batch. Needs no groups.
@@ -177,7 +184,7 @@ class ReinforcePp:
         return whiten(torch.stack(columns[::-1], 1), trained_BT)
 
 
-@advantages.register("reinforce_pp_baseline", source=_REINFORCE_PP)
+@advantages.register("reinforce_pp_baseline", source=_REINFORCE_PP, evidence="end to end")
 @dataclass(frozen=True)
 class ReinforcePpBaseline:
     """Reward relative to the group's mean, then whitened over all trained tokens of the batch.

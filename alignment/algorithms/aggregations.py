@@ -44,6 +44,7 @@ class TokenMean:
 @aggregations.register(
     "sequence_mean",
     source="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models (arXiv 2402.03300)",
+    evidence="end to end",
 )
 @dataclass(frozen=True)
 class SequenceMean:
@@ -54,7 +55,9 @@ class SequenceMean:
         return loss_mask_BT.float() / (tokens_B * _sequences(loss_mask_BT))
 
 
-@aggregations.register("sequence_sum", source="this project; the same choice exists in verl as seq-mean-token-sum")
+@aggregations.register(
+    "sequence_sum", source="this project; the same choice exists in verl as seq-mean-token-sum", evidence="end to end"
+)
 @dataclass(frozen=True)
 class SequenceSum:
     """Mean over rows of each row's sum: ``mean_i sum_t l``. Grows with length, and so does its gradient."""
@@ -64,7 +67,9 @@ class SequenceSum:
 
 
 @aggregations.register(
-    "constant", source="Understanding R1-Zero-Like Training: A Critical Perspective (arXiv 2503.20783)"
+    "constant",
+    source="Understanding R1-Zero-Like Training: A Critical Perspective (arXiv 2503.20783)",
+    evidence="end to end",
 )
 @dataclass(frozen=True)
 class Constant:

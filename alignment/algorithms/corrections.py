@@ -69,6 +69,7 @@ class Tis:
 @corrections.register(
     "icepop",
     source="Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking Model (arXiv 2510.18855)",
+    evidence="end to end",
 )
 @dataclass(frozen=True)
 class IcePop:
@@ -92,7 +93,7 @@ class IcePop:
 _MIS = "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch (2025)"
 
 
-@corrections.register("sequence_tis", source=_MIS)
+@corrections.register("sequence_tis", source=_MIS, evidence="end to end")
 @dataclass(frozen=True)
 class SequenceTis:
     """Truncated importance sampling per sequence: ``w = min(prod_t rho_t, cap)`` at all its tokens."""
@@ -107,7 +108,7 @@ class SequenceTis:
         return weight_BT, {"weight": weight_BT, "capped": (rho_BT > self.cap).float()}
 
 
-@corrections.register("sequence_mask", source=_MIS)
+@corrections.register("sequence_mask", source=_MIS, evidence="end to end")
 @dataclass(frozen=True)
 class SequenceMask:
     """Masked importance sampling per sequence: ``w = prod_t rho_t`` if that is at most ``cap``, else 0.
@@ -125,7 +126,7 @@ class SequenceMask:
         return weight_BT, {"weight": weight_BT, "dropped": (rho_BT > self.cap).float()}
 
 
-@corrections.register("geometric_mask", source=_MIS)
+@corrections.register("geometric_mask", source=_MIS, evidence="end to end")
 @dataclass(frozen=True)
 class GeometricMask:
     """Keeps (weight 1) sequences with ``low <= exp(mean_t log rho_t) <= high`` and drops the others (weight 0).

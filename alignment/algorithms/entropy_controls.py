@@ -27,7 +27,9 @@ entropy_controls: Registry[EntropyControl] = Registry(
 )
 
 
-@entropy_controls.register("bonus", source="Asynchronous Methods for Deep Reinforcement Learning (arXiv 1602.01783)")
+@entropy_controls.register(
+    "bonus", source="Asynchronous Methods for Deep Reinforcement Learning (arXiv 1602.01783)", evidence="end to end"
+)
 @dataclass(frozen=True)
 class Bonus:
     """A fixed bonus for entropy: the loss gets ``-coefficient H`` at each trained token, aggregated like the rest.

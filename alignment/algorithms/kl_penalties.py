@@ -103,7 +103,7 @@ def _observe(self: _Steered, state: Any, signals: Signals) -> Any:
 _SCHULMAN = "Approximating KL Divergence (Schulman 2020)"
 
 
-@kl_penalties.register("k1", source=_SCHULMAN)
+@kl_penalties.register("k1", source=_SCHULMAN, evidence="end to end")
 @dataclass(frozen=True)
 class K1:
     """``d``: unbiased, of either sign. For the reward; in the loss its mean gradient is zero."""
@@ -119,7 +119,7 @@ class K1:
         return k1_estimate(logp_BT, ref_BT)
 
 
-@kl_penalties.register("k2", source=_SCHULMAN)
+@kl_penalties.register("k2", source=_SCHULMAN, evidence="end to end")
 @dataclass(frozen=True)
 class K2:
     """``d^2 / 2``: biased as a value, but its gradient is that of KL(pi || pi_ref)."""
@@ -135,7 +135,7 @@ class K2:
         return k2_estimate(logp_BT, ref_BT)
 
 
-@kl_penalties.register("k3", source=_SCHULMAN)
+@kl_penalties.register("k3", source=_SCHULMAN, evidence="end to end")
 @dataclass(frozen=True)
 class K3:
     """``exp(-d) - 1 + d``: unbiased, never negative, low variance; its gradient is that of KL(pi_ref || pi).
@@ -154,7 +154,9 @@ class K3:
         return k3_estimate(logp_BT, ref_BT)
 
 
-@kl_penalties.register("k3_straight_through", source=f"{_SCHULMAN}; the combination is known from verl")
+@kl_penalties.register(
+    "k3_straight_through", source=f"{_SCHULMAN}; the combination is known from verl", evidence="end to end"
+)
 @dataclass(frozen=True)
 class K3StraightThrough:
     """The value of ``k3`` with the gradient of ``k2``: unbiased as a number and as a direction."""

@@ -32,7 +32,7 @@ class Mixer(Protocol):
 mixers: Registry[Mixer] = Registry("mixers", Mixer, "Which rollouts and demonstrations an update learns from")
 
 
-@mixers.register("none", source="this project")
+@mixers.register("none", source="this project", evidence="end to end")
 @dataclass(frozen=True)
 class NoMix:
     """All groups as they were sampled, no demonstrations."""

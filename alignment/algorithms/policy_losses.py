@@ -65,6 +65,7 @@ def _clipped_surrogate(ratio_BT: Tensor, adv_BT: Tensor, low: float, high: float
 @policy_losses.register(
     "reinforce",
     source="Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning (Williams 1992)",
+    evidence="end to end",
 )
 @dataclass(frozen=True)
 class Reinforce:
@@ -107,7 +108,7 @@ class Clip:
         return loss_BT, metrics
 
 
-@policy_losses.register("gspo", source="Group Sequence Policy Optimization (arXiv 2507.18071)")
+@policy_losses.register("gspo", source="Group Sequence Policy Optimization (arXiv 2507.18071)", evidence="end to end")
 @dataclass(frozen=True)
 class Gspo:
     """PPO's clipped surrogate with one ratio per sequence: the geometric mean of its token ratios.
@@ -128,7 +129,9 @@ class Gspo:
 
 
 @policy_losses.register(
-    "cispo", source="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention (arXiv 2506.13585)"
+    "cispo",
+    source="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention (arXiv 2506.13585)",
+    evidence="end to end",
 )
 @dataclass(frozen=True)
 class Cispo:

@@ -64,7 +64,7 @@ class Fixed:
         return weighted_sum(batch)
 
 
-@weightings.register("normalised", source="this project")
+@weightings.register("normalised", source="this project", evidence="end to end")
 @dataclass(frozen=True)
 class Normalised:
     """Mean of the components that apply, by the recipe's weights: ``sum_k w_k r_k / sum_k w_k``.

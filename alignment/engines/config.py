@@ -34,7 +34,7 @@ samplers: Registry[SamplerConfig] = Registry("samplers", SamplerConfig, "Engines
 clusters: Registry[Cluster] = Registry("clusters", Cluster, "Where the processes of a run live.")
 
 
-@samplers.register("transformers", source="this project", evidence="unit")
+@samplers.register("transformers", source="this project", evidence="end to end")
 @dataclass(frozen=True)
 class TransformersSamplerConfig:
     """Samples in this process from the very weights that are trained: batched, with a key-value cache."""
@@ -53,7 +53,7 @@ class TransformersSamplerConfig:
         return TransformersSampler(module, self)
 
 
-@clusters.register("local", source="this project", evidence="unit")
+@clusters.register("local", source="this project", evidence="end to end")
 @dataclass(frozen=True)
 class LocalCluster:
     """Everything in one process on this machine."""
