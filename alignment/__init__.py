@@ -3,6 +3,7 @@
 ``alignment.train(recipe, sinks=[...])`` is the public door; the ``align`` command is the same door in a shell.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from alignment.trainer import train
 
 __all__ = ["__version__", "train"]
+
+# Threads that spin while they wait slow each other down when other programs use the cores, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     __version__ = version("alignment-rl")

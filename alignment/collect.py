@@ -42,6 +42,8 @@ class Collector:
     seed: int
     roles: Mapping[str, RoleHandle]
     phases: Phases
+    steps: int
+    """Of the stage; reward functions may ask."""
 
     def collect(self, state: TrainState) -> Sealed:
         """Samples until ``prompts_per_step`` groups are accepted, within the curricula's refill bound.
@@ -70,6 +72,8 @@ class Collector:
                 else:
                     dropped[by] = dropped.get(by, 0) + 1
         refuse_failures(sampled, self.max_failed_share)
+        if not any(r.reward is not None for g in sampled for r in g.rollouts):
+            raise UserError("no reward applied to any rollout of this batch: every component returned None")
         missing = self.prompts_per_step - len(accepted)
         if missing:
             accepted += replays(self.curricula, states, missing, context)
@@ -83,7 +87,7 @@ class Collector:
         with self.phases("sample"):
             groups = play(self.player, prompts, uids, self.group_size, self.params, self.seed)
         with self.phases("score"):
-            return self.scorer.score(groups, step=step)
+            return self.scorer.score(groups, step=step, max_steps=self.steps)
 
 
 def prefetch(collector: Collector, newest: Callable[[], TrainState], max_staleness: int) -> Iterator[Sealed]:

@@ -44,7 +44,7 @@ class _Replayer(Protocol):
 
 
 curricula: Registry[Curriculum] = Registry(
-    "curricula", Curriculum, "which prompts and groups are trained on", any_of=("select", "keep", "replay")
+    "curricula", Curriculum, "Which prompts and groups are trained on", any_of=("select", "keep", "replay")
 )
 
 
@@ -160,7 +160,7 @@ def keeps(chosen: Sequence[Curriculum], states: Mapping[str, Any], group: Group)
     """None when every curriculum keeps ``group``, else the registered name of the first that drops it."""
     for place, c in places(chosen).items():
         if hasattr(c, "keep") and not cast(_Keeper, c).keep(states.get(place), group):
-            return next((entry.name for entry in curricula if type(c) is entry.cls), type(c).__name__)
+            return curricula.name_of(c)
     return None
 
 

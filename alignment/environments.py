@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol, runtime_checkable
 
+from alignment.errors import UserError
 from alignment.registry import Registry, option
 from alignment.safe_arithmetic import evaluate, show
 from alignment.types import Score
@@ -40,7 +41,7 @@ class Environment(Protocol):
         ...
 
 
-environments: Registry[Environment] = Registry("environments", Environment, "what the policy talks to")
+environments: Registry[Environment] = Registry("environments", Environment, "What the policy talks to")
 
 
 @environments.register("single_turn", source="this project", evidence="end to end")
@@ -75,11 +76,11 @@ class Calculator:
         try:
             groups = re.compile(self.call).groups
         except re.error as error:
-            raise ValueError(f"call {self.call!r} is not a regular expression: {error}") from error
+            raise UserError(f"call {self.call!r} is not a regular expression: {error}") from error
         if groups != 1:
-            raise ValueError(f"call {self.call!r} needs one group, the expression; it has {groups}")
+            raise UserError(f"call {self.call!r} needs one group, the expression; it has {groups}")
         if "{value}" not in self.result:
-            raise ValueError(f"result {self.result!r} needs {{value}} where the value goes")
+            raise UserError(f"result {self.result!r} needs {{value}} where the value goes")
 
     def reset(self, row: Mapping[str, Any]) -> tuple[Any, str | list[dict[str, Any]]]:
         """No turn taken yet, and the row's prompt."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 from statistics import NormalDist, fmean
 
 from alignment.rollouts import Player, play
@@ -15,7 +15,7 @@ class Evaluation:
     """What an evaluation found. Unscored rollouts are left out of every mean and counted."""
 
     accuracy: float
-    """Mean over problems of the share of samples that the first reward calls correct."""
+    """Mean over problems of the share of samples that the first reward calls correct; NaN where none was judged."""
     interval: tuple[float, float]
     """95 % interval of ``accuracy`` over problems."""
     problems: int
@@ -29,7 +29,7 @@ class Evaluation:
         return {"accuracy": self.accuracy, "accuracy_low": low, "accuracy_high": high, **self.metrics}
 
 
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion (Probable Inference, Wilson 1927); ``(0, 1)`` where ``n`` is 0."""
     if n == 0:
         return 0.0, 1.0
@@ -40,18 +40,20 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def interval(accuracies: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+def interval(accuracies: Sequence[float], samples: int = 1, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the mean of per-problem accuracies: samples of one problem are not independent problems.
 
-    Wilson's where each problem is right or wrong; the normal interval over problems where it is a share.
+    Wilson's interval for the number of independent samples that would vary as the mean does,
+    ``p (1 - p) / Var(mean)``: at least one per problem, at most all that were drawn.
     """
     n = len(accuracies)
-    if all(a in (0.0, 1.0) for a in accuracies) or n < 2:
-        return wilson(sum(accuracies), n, confidence)
+    if n == 0:
+        return 0.0, 1.0
     mean = fmean(accuracies)
-    error = sqrt(sum((a - mean) ** 2 for a in accuracies) / (n - 1) / n)
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * error
-    return max(0.0, mean - half), min(1.0, mean + half)
+    variance = sum((a - mean) ** 2 for a in accuracies) / max(1, n - 1) / n
+    independent = mean * (1 - mean) / variance if variance > 0 else n * samples
+    independent = min(max(independent, n), n * samples)
+    return wilson(mean * independent, independent, confidence)
 
 
 def evaluate(
@@ -87,8 +89,8 @@ def summarise_evaluation(groups: Sequence[Group]) -> Evaluation:
         if values:
             metrics[f"reward/{name}"] = fmean(values)
     return Evaluation(
-        accuracy=fmean(accuracies) if accuracies else 0.0,
-        interval=interval(accuracies),
+        accuracy=fmean(accuracies) if accuracies else nan,
+        interval=interval(accuracies, max(map(len, judged), default=1)),
         problems=len(accuracies),
         unscored=sum(not r.scored for r in rollouts),
         metrics=dict(sorted(metrics.items())),

@@ -86,11 +86,6 @@ class Watched:
         return self.objective.wants_entropy_grad
 
 
-def watch(objective: Objective) -> Watched:
-    """``objective``, such that :meth:`FlightRecorder.record` can keep what the learner's update computed with it."""
-    return Watched(objective)
-
-
 @dataclass(frozen=True)
 class Flight:
     """A recorded step."""
@@ -138,7 +133,7 @@ class FlightRecorder:
 
         Args:
             batch: After credit assignment, as it went to the learner.
-            objective: The one that the learner used. If it came from :func:`watch`, the log-probabilities of the
+            objective: The one that the learner used. If it was :class:`Watched`, the log-probabilities of the
                 update itself are kept.
             states: Component states that credit and objective used, by place; JSON values.
             stage: Index of the stage in the recipe.

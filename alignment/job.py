@@ -1,10 +1,12 @@
 """What a running job holds: engines, data, outputs, and what happens after each step."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from alignment.batching import collate
 from alignment.checkpoint import Checkpoints, Saved, save_state
@@ -21,7 +23,7 @@ from alignment.rollouts import Player
 from alignment.runs import Run
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop
-from alignment.types import Batch, Group, Prompt, Rollout, SamplingParams, TrainState
+from alignment.types import Batch, Group, Prompt, Rollout, SamplingParams, TrainState, keyed_seed
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ class Job:
     learner: TorchLearner = field(init=False)
     sampler: TransformersSampler = field(init=False)
     saved_step: int | None = None
+    settled: bool = True
+    """False between an update of the learner and the step that ``state`` counts it as: nothing may be saved then."""
     _clock: float = field(default_factory=time.monotonic)
 
     @property
@@ -62,10 +66,12 @@ class Job:
         return self.recipe.stages[self.state.stage]
 
     def player(self, environment: Environment) -> Player:
-        """Plays episodes of ``environment`` with the current weights."""
-        return Player(
-            self.sampler, self.model.tokenizer, environment, self.recipe.data.max_prompt_tokens, self.stop.check
-        )
+        """Plays episodes of ``environment`` with the current weights; a stop is noticed between two completions.
+
+        Not while the learner is ahead of ``state``: the step is completed first.
+        """
+        limit = self.recipe.data.max_prompt_tokens
+        return Player(self.sampler, self.model.tokenizer, environment, limit, self._check_stop)
 
     def params(self, sampling: Sampling) -> SamplingParams:
         """The sampler's parameters, with the model's own stop tokens."""
@@ -93,7 +99,7 @@ class Job:
                 self.held_out,
                 self.params(config.sampling),
                 config.samples,
-                self.seed,
+                keyed_seed(self.seed, "evaluation"),
                 self.recipe.scoring.max_failed_share,
             )
         self.evaluations[step] = found
@@ -120,7 +126,7 @@ class Job:
         if groups:
             name, verdicts = f"verdicts/{self.stage.name}", sum(r.scored for g in groups for r in g.rollouts)
             state = replace(state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts})
-        self.state = state
+        self.state, self.settled = state, True
         self._tick()
         timed = self.phases.flush(int(metrics.get("tokens", 0)))
         self.sink.log(self._record(state.step, state.stage_step, "train", {**metrics, **timed}))
@@ -135,10 +141,11 @@ class Job:
     def labels(self, stage: int) -> dict[str, int]:
         """What a stage learned from: demonstrations it was shown, or verdicts on its own rollouts."""
         config = self.recipe.stages[stage]
+        steps = self.state.stage_step if stage == self.state.stage else config.steps
         if isinstance(config, OnlineStage):
-            return {"right-or-wrong verdicts": int(self.state.counters.get(f"verdicts/{config.name}", 0))}
+            return {"verdicts on its own rollouts": int(self.state.counters.get(f"verdicts/{config.name}", 0))}
         shown = sum(len(rollouts) for rollouts in self.demonstrations.values())
-        return {"demonstrations": min(shown, config.steps * config.batch_size)}
+        return {"demonstrations": min(shown, steps * config.batch_size)}
 
     def resume(self, saved: Saved) -> None:
         """Takes back what the checkpoint says beside learner and state."""
@@ -148,8 +155,8 @@ class Job:
             self.evaluations[int(step)] = Evaluation(**{**found, "interval": tuple(found["interval"])})
 
     def save(self) -> None:
-        """Publishes a checkpoint of the last completed step, once."""
-        if self.state.step in (0, self.saved_step):
+        """Publishes a checkpoint of the last completed step, once; not while the learner is ahead of it."""
+        if self.state.step in (0, self.saved_step) or not self.settled:
             return
         with self.phases("save"):
             self._tick()
@@ -163,7 +170,11 @@ class Job:
             self.checkpoints.mark_best(self.state.step, self.evaluations[self.state.step].accuracy)
         self.saved_step = self.state.step
 
-    def _write(self, folder: Any) -> None:
+    def _check_stop(self) -> None:
+        if self.settled:
+            self.stop.check()
+
+    def _write(self, folder: Path) -> None:
         self.learner.save(folder / "learner")
         save_state(folder, self.state)
 
@@ -175,9 +186,11 @@ class Job:
     def _is_best(self) -> bool:
         """Whether the last completed step was evaluated, and as better than every checkpoint before it."""
         here, best = self.evaluations.get(self.state.step), self.checkpoints.best
-        return here is not None and (best is None or here.accuracy > best.value)
+        return here is not None and here.accuracy > (best.value if best else -math.inf)
 
-    def _record(self, step: int, stage_step: int, kind: Any, metrics: Mapping[str, float]) -> Record:
+    def _record(
+        self, step: int, stage_step: int, kind: Literal["train", "eval"], metrics: Mapping[str, float]
+    ) -> Record:
         stage = self.stage
         return Record(step, stage.name, stage_step, stage.steps, metrics, kind)
 

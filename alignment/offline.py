@@ -28,6 +28,7 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
     rollouts = [rollout for group in job.demonstrations.values() for rollout in group]
     for index in batches(len(rollouts), stage.batch_size, state.stage_step, job.seed):
         job.stop.check()
+        job.settled = False
         with job.phases("update"):
             groups = [_group(uid, rollouts[i]) for uid, i in enumerate(index)]
             metrics = supervise(job, groups, state.step, "rl", stage.objective())

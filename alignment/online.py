@@ -40,9 +40,12 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         objective = Objective.of(algorithm, states)
         slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.demonstrations, context)
         with phases("annotate"):
-            needs = objective.needs(staleness=staleness(slots["rl"], sealed.state.step)) | algorithm.needs
+            needs = (
+                objective.needs(staleness=staleness(slots["rl"], sealed.state.step)) | algorithm.needs | learner.needs
+            )
             batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
         batch = credit(batch, algorithm, states)
+        job.settled = False
         with phases("update"):
             watched = Watched(objective)
             metrics = learner.update(batch, watched)
@@ -75,4 +78,5 @@ def _collector(job: Job, stage: OnlineStage) -> Collector:
         seed=job.seed,
         roles=handles(job.learner.roles),
         phases=job.phases,
+        steps=stage.steps,
     )

@@ -20,7 +20,7 @@ from alignment.curricula import curricula as curriculum_registry
 from alignment.engines.config import Cluster, SamplerConfig, clusters, samplers
 from alignment.engines.learner_config import LearnerConfig, learners
 from alignment.environments import Environment, environments
-from alignment.recipe_checks import conflicts, secrets
+from alignment.recipe_checks import conflicts, model_problems, secrets
 from alignment.recipe_errors import problems_of, without
 from alignment.recipe_imports import import_problems
 from alignment.recipe_sections import (
@@ -158,6 +158,10 @@ class Recipe(Section):
         """Folder of the first file: relative paths of data files start here, and modules in it can be imported."""
         return self._folder
 
+    def located_model(self) -> ModelConfig:
+        """``model`` with its folder in full: beside the recipe, or else in the working directory."""
+        return self.model.located(self.folder)
+
     @property
     def evaluation_environment(self) -> Environment:
         """The environment that evaluations play: the first online stage's."""
@@ -203,13 +207,15 @@ def load(paths: Sequence[Path | str], overrides: Sequence[str] = (), beside: Pat
     Raises:
         RecipeError: Every mistake, each with the file and line, or the override, that made it.
     """
-    root = _read([Path(path) for path in paths], overrides)
+    root, found = _read([Path(path) for path in paths], overrides)
     folders = tuple(dict.fromkeys(Path(path).resolve().parent for path in paths))
     folders = (beside.resolve(),) if beside is not None else folders
-    found = secrets(root)
+    broken = [problem.place for problem in found]
+    found += secrets(root)
     hidden = {problem.place for problem in found}
+    found += [problem for problem in model_problems(root) if not any(place[:1] == ("model",) for place in broken)]
     found += import_problems(root, folders)
-    recipe, more = _validate(plain(root), root)
+    recipe, more = _validate(plain(root), root, broken)
     found += [problem for problem in more if problem.place not in hidden]
     if found:
         order = {str(path): index for index, path in enumerate(paths)}
@@ -219,35 +225,41 @@ def load(paths: Sequence[Path | str], overrides: Sequence[str] = (), beside: Pat
     return recipe
 
 
-def _read(paths: Sequence[Path], overrides: Sequence[str]) -> Node:
-    """All files and overrides as one tree, the run named after the first file if nobody names it."""
+def _read(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
+    """All files and overrides as one tree, the run named after the first file if nobody names it; and the mistakes
+    beside which the rest can be read.
+
+    Raises:
+        RecipeError: A file or an override cannot be read at all.
+    """
     if not paths:
         raise RecipeError([Problem(Mark("recipe"), (), "give at least one file")])
     layers: list[Node] = []
     problems: list[Problem] = []
+    fatal: list[Problem] = []
     for read, items in ((read_file, paths), (parse_override, overrides)):
         for item in items:
             try:
-                layers.append(read(item))  # pyright: ignore[reportArgumentType]
+                layers.append(read(item, problems))  # pyright: ignore[reportArgumentType]
             except RecipeError as error:
-                problems += error.problems
-    root = layers[0] if layers else None
-    for layer in layers[1:] if not problems else ():
+                fatal += error.problems
+    if fatal:
+        raise RecipeError([*problems, *fatal])
+    root = layers[0]
+    for layer in layers[1:]:
         try:
-            assert root is not None
             root = merge(root, layer)
         except RecipeError as error:
             problems += error.problems
-    if problems or root is None:
-        raise RecipeError(problems)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", paths[0].stem).lstrip("._-")[:100] or "run"
     named = Node({"run": Node({"name": Node(stem, root.mark)}, root.mark)}, root.mark)
     run = root.value.get("run")
-    return root if run is not None and not isinstance(run.value, dict) else merge(named, root)
+    return (root if run is not None and not isinstance(run.value, dict) else merge(named, root)), problems
 
 
-def _validate(data: Any, root: Node) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe, or its problems. What is wrong by itself is left out so that the rest is checked all the same."""
+def _validate(data: Any, root: Node, broken: Sequence[Place]) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, or its problems. What is wrong by itself is left out so that the rest is checked all the same;
+    of what is at ``broken``, nothing is known."""
     problems: list[Problem] = []
     removed: list[Place] = []
     for _ in range(4):
@@ -255,7 +267,7 @@ def _validate(data: Any, root: Node) -> tuple[Recipe | None, list[Problem]]:
             recipe = Recipe.model_validate_json(to_json(data, inf_nan_mode="constants"), strict=True)
         except ValidationError as error:
             fresh = problems_of(error.errors(), root, data, Recipe)
-            problems = problems or fresh
+            problems = problems if removed else fresh
             wrong = [problem.place if problem.place not in removed else problem.place[:-1] for problem in fresh]
             if any(len(place) <= 1 or place[:1] == ("stages",) and len(place) == 2 for place in wrong):
                 return None, problems
@@ -263,10 +275,11 @@ def _validate(data: Any, root: Node) -> tuple[Recipe | None, list[Problem]]:
             data = without(data, wrong)
             continue
         recipe = _with_evaluation_sampling(recipe)
-        touched = [place[:-1] if isinstance(place[-1], int) else place for place in removed]
+        touched = [place[:-1] if place and isinstance(place[-1], int) else place for place in (*removed, *broken)]
         for conflict in conflicts(recipe):
-            about = (conflict.place, *conflict.because)
-            if not any(_overlap(place, other) for place in about for other in touched):
+            here = [conflict.place[:length] for length in range(len(conflict.place) + 1)]
+            doubtful = any(_overlap(place, other) for place in conflict.because for other in touched)
+            if not doubtful and not any(place in here for place in touched):
                 problems.append(Problem(mark_of(root, conflict.place), conflict.place, conflict.message))
         return (None if problems else recipe), problems
     return None, problems
@@ -278,11 +291,12 @@ def _overlap(place: Place, other: Place) -> bool:
 
 
 def _with_evaluation_sampling(recipe: Recipe) -> Recipe:
-    """Evaluation is greedy, as long as the first online stage's completions, unless the recipe says otherwise."""
+    """Evaluations draw completions as long as the first online stage's, unless the recipe says otherwise."""
     online = next((stage for stage in recipe.stages if isinstance(stage, OnlineStage)), None)
-    if online is None or "sampling" in recipe.evaluation.model_fields_set:
+    sampling = recipe.evaluation.sampling
+    if online is None or "max_tokens" in sampling.model_fields_set:
         return recipe
-    sampling = Sampling(max_tokens=online.sampling.max_tokens, temperature=0.0)
+    sampling = sampling.model_copy(update={"max_tokens": online.sampling.max_tokens})
     evaluation = recipe.evaluation.model_copy(update={"sampling": sampling})
     return recipe.model_copy(update={"evaluation": evaluation})
 

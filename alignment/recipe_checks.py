@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.algorithms.advantages import advantages
 from alignment.algorithms.state import needs_of
-from alignment.recipe_tree import Node, Place, Problem, walk
+from alignment.recipe_tree import Node, Place, Problem, dotted, walk
 from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conflict:
-    """Values that do not go together. ``because`` are the other places that it is about."""
+    """Values that do not go together, told at ``place``. ``because`` are the places whose values it hangs on."""
 
     place: Place
     message: str
@@ -24,13 +24,13 @@ class Conflict:
 
 def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     """Everything in a well-formed recipe that cannot work."""
-    yield from _model(recipe)
+    yield from _build(recipe)
     yield from _names(recipe)
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
         if stage.stage == "sft":
             if recipe.data.demonstrations is None:
-                yield Conflict(place, "a stage 'sft' needs data.demonstrations", (("data",),))
+                yield Conflict(place, "a stage 'sft' needs data.demonstrations", (("data", "demonstrations"),))
         else:
             yield from _online(recipe, stage, place)
             yield from _sizes(recipe, stage, place)
@@ -63,11 +63,21 @@ def _is_secret(place: Place, value: str) -> bool:
     return named or SECRET_VALUE.search(value) is not None
 
 
-def _model(recipe: "Recipe") -> Iterator[Conflict]:
-    model, build = recipe.model, recipe.model.build
-    if (model.path is None) == (build is None):
-        given = "neither is given" if build is None else "both are given; set one to null"
-        yield Conflict(("model",), f"takes one of 'path' (a folder or a hub id) and 'build' (a new model); {given}")
+def model_problems(root: Node) -> list[Problem]:
+    """Whether ``model`` has exactly one of ``path`` and ``build``; read from the tree, whatever else is wrong in it."""
+    model = root.value.get("model")
+    if model is None or not isinstance(model.value, dict):
+        return []
+    given = [key for key in ("path", "build") if key in model.value and model.value[key].value is not None]
+    if len(given) == 1:
+        return []
+    found = "both are given; set one to null" if given else "neither is given"
+    message = f"takes one of 'path' (a folder or a hub id) and 'build' (a new model); {found}"
+    return [Problem(model.mark, ("model",), message)]
+
+
+def _build(recipe: "Recipe") -> Iterator[Conflict]:
+    build = recipe.model.build
     if build is None:
         return
     place: Place = ("model", "build")
@@ -84,24 +94,25 @@ def _model(recipe: "Recipe") -> Iterator[Conflict]:
         fits = [n for n in range(1, build.heads + 1) if build.heads % n == 0]
         message = f"{build.kv_heads} does not divide heads ({build.heads}): {', '.join(map(str, fits))} would do"
         yield Conflict((*place, "kv_heads"), message, ((*place, "heads"),))
-    lengths = [(("evaluation", "sampling"), recipe.evaluation.sampling.max_tokens)]
     online = ((i, s) for i, s in enumerate(recipe.stages) if s.stage == "online")
-    lengths = [(("stages", i, "sampling"), s.sampling.max_tokens) for i, s in online] or lengths
-    prompt = recipe.data.max_prompt_tokens
-    for where, tokens in lengths:
-        if build.max_positions < prompt + tokens:
-            yield Conflict(
-                (*place, "max_positions"),
-                f"{build.max_positions} is too short: data.max_prompt_tokens ({prompt}) + "
-                f"{'.'.join(map(str, where))}.max_tokens ({tokens}) need at least {prompt + tokens}",
-                (("data", "max_prompt_tokens"), where),
-            )
+    lengths: dict[Place, int] = {("stages", i, "sampling"): s.sampling.max_tokens for i, s in online}
+    if recipe.data.eval is not None:
+        lengths["evaluation", "sampling"] = recipe.evaluation.sampling.max_tokens
+    where = max(lengths, key=lambda where: lengths[where], default=None)
+    need = recipe.data.max_prompt_tokens + (lengths[where] if where else 0)
+    if where and build.max_positions < need:
+        yield Conflict(
+            (*place, "max_positions"),
+            f"{build.max_positions} is too short: data.max_prompt_tokens ({recipe.data.max_prompt_tokens}) + "
+            f"{dotted(where)}.max_tokens ({lengths[where]}) need at least {need}",
+            (("data",), *lengths),
+        )
 
 
 def _names(recipe: "Recipe") -> Iterator[Conflict]:
     """Names that must differ because files, metrics or columns are called by them."""
     named: dict[str, list[tuple[Place, str]]] = {
-        "stage": [(("stages", i), s.name) for i, s in enumerate(recipe.stages)],
+        "stage": [(("stages", i, "name"), s.name) for i, s in enumerate(recipe.stages)],
         "reward column": [(("rewards", i), r.column) for i, r in enumerate(recipe.rewards)],
         "sink": [(("run", "sinks", i), s.name) for i, s in enumerate(recipe.run.sinks)],
     }
@@ -112,13 +123,14 @@ def _names(recipe: "Recipe") -> Iterator[Conflict]:
     }
     for what, entries in named.items():
         for index, (place, name) in enumerate(entries):
-            if name in [other for _, other in entries[:index]]:
-                yield Conflict(place, f"there is another {what} '{name}'; {remedies[what]}", ((place[0],),))
+            others = [other for other, taken in entries[:index] if taken == name]
+            if others:
+                yield Conflict(place, f"there is another {what} '{name}'; {remedies[what]}", (place, others[0]))
 
 
 def _online(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
     if recipe.data.train is None:
-        yield Conflict(place, "a stage 'online' needs data.train", (("data",),))
+        yield Conflict(place, "a stage 'online' needs data.train", (("data", "train"),))
     if not recipe.rewards:
         yield Conflict(place, "a stage 'online' needs at least one entry in rewards", (("rewards",),))
     sampling = stage.sampling
@@ -185,11 +197,13 @@ def _needs(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Con
             if need == "values":
                 others = [entry.name for entry in advantages if not _asks_values(entry.cls)]
                 hint = f" (without a critic: {', '.join(others)})" if where[-1] == "advantage" else ""
-                yield Conflict(here, f"needs values, which a critic makes, and this recipe has no critic{hint}")
+                message = f"needs values, which a critic makes, and this recipe has no critic{hint}"
+                yield Conflict(here, message, (here,))
             elif need.startswith("role:"):
-                yield Conflict(here, f"needs the model role '{need[5:]}', which nothing in this recipe provides")
+                message = f"needs the model role '{need[5:]}', which nothing in this recipe provides"
+                yield Conflict(here, message, (here,))
             elif need == "demonstrations" and recipe.data.demonstrations is None:
-                yield Conflict(here, "needs data.demonstrations", (("data",),))
+                yield Conflict(here, "needs data.demonstrations", (here, ("data", "demonstrations")))
 
 
 def _parts(name: str) -> tuple[str | int, ...]:

@@ -156,6 +156,13 @@ class ModelConfig(Section):
     build: Build | None = None
     lora: Lora | None = None
 
+    def located(self, beside: Path) -> "ModelConfig":
+        """The same with a ``path`` that is a folder in full: it is looked for in ``beside``, the recipe's folder, then
+        in the working directory. A path that is in neither stays as it is, a hub id."""
+        folders = [folder / Path(self.path).expanduser() for folder in (beside, Path.cwd())] if self.path else []
+        found = next((folder for folder in folders if folder.exists()), None)
+        return self.model_copy(update={"path": str(found.resolve())}) if found else self
+
 
 class Data(Section):
     """Where prompts come from. ``demonstrations`` are prompts with a ``completion``."""
@@ -263,11 +270,17 @@ class Sampling(Section):
         return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, stop_ids)
 
 
+class EvaluationSampling(Sampling):
+    """How evaluations draw completions: greedily unless they say otherwise."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Evaluation(Section):
     """Accuracy on ``data.eval``, by the first reward: at both ends of each stage and every ``every`` steps."""
 
     every: Cadence = 50
     samples: Count = 1
     """Completions of each problem."""
-    sampling: Sampling = Sampling()
-    """Greedy, as long as the first online stage's completions, unless given."""
+    sampling: EvaluationSampling = EvaluationSampling()
+    """As long as the first online stage's completions, unless ``max_tokens`` is given."""

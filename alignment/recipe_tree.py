@@ -66,20 +66,21 @@ def merge(base: Node, over: Node, place: Place = ()) -> Node:
     """``over`` laid on ``base``; a mapping laid on a list changes the items that its keys number.
 
     Raises:
-        RecipeError: A number lies outside the list.
+        RecipeError: A key is not the number of an item of the list.
     """
     if not isinstance(over.value, dict):
         return over
     if isinstance(base.value, str) and "name" not in over.value:
         base = Node({"name": base}, base.mark)
-    if isinstance(base.value, list) and over.value and all(key.isdecimal() for key in over.value):
+    if isinstance(base.value, list) and over.value:
         items = list(base.value)
+        numbers = {str(index): index for index in range(len(items))}
+        if odd := [
+            Problem(child.mark, place, _no_item(key, items)) for key, child in over.value.items() if key not in numbers
+        ]:
+            raise RecipeError(odd)
         for key, child in over.value.items():
-            index = int(key)
-            if index >= len(items):
-                message = f"there is no item {key}: the list has {len(items)}, counted from 0"
-                raise RecipeError([Problem(child.mark, place, message)])
-            items[index] = merge(items[index], child, (*place, index))
+            items[numbers[key]] = merge(items[numbers[key]], child, (*place, numbers[key]))
         return Node(items, base.mark)
     if not isinstance(base.value, dict) or _renamed(base.value, over.value, place):
         return over
@@ -144,6 +145,22 @@ def kind(value: Any) -> str:
             return "a list"
         case _:
             return type(value).__name__
+
+
+def _no_item(key: str, items: Sequence[Node]) -> str:
+    """What to say of a key that is not the number of an item."""
+    if not items:
+        return f"there is no item {key}: the list is empty"
+    there = ", ".join(f"{index} {_called(item)}".rstrip() for index, item in enumerate(items))
+    return f"there is no item {key}: items are numbered from 0 ({there})"
+
+
+def _called(item: Node) -> str:
+    """What an item of a list is called, as far as it says so."""
+    if not isinstance(item.value, dict):
+        return str(item.value) if isinstance(item.value, (str, int, float)) else ""
+    keys = ("name", "function", "environment", "stage")
+    return next((str(item.value[key].value) for key in keys if key in item.value), "")
 
 
 def _renamed(base: dict[str, Node], over: dict[str, Node], place: Place) -> bool:

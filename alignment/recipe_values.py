@@ -34,6 +34,8 @@ _MAY_CHANGE = re.compile(
     r"run\.(save_every|rollouts_every|keep_last|flight_steps|sinks(\..+)?)|evaluation\.every|scoring\.workers"
     r"|stages\.\d+\.(steps|cluster(\..+)?)"
 )
+_IDENTITY = ("run.name", "run.output")
+"""Where a run is, which its folder says already: a run that was moved or renamed is the same run."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any, bool]]:
@@ -41,10 +43,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
 
     Returns:
         ``(dotted path, old value, new value, whether a run may continue with it)``; None where a side has no value.
-        Steps, cadences, sinks, the cluster and the number of scoring workers may change.
+        Steps, cadences, sinks, the cluster and the number of scoring workers may change. Where the run is written is
+        no difference.
     """
     before, after = dict(_leaves(old, "")), dict(_leaves(new, ""))
-    paths = list(dict.fromkeys([*before, *after]))
+    paths = [path for path in dict.fromkeys([*before, *after]) if path not in _IDENTITY]
     changed = [path for path in paths if (path in before) != (path in after) or before[path] != after[path]]
     return [(path, before.get(path), after.get(path), _MAY_CHANGE.fullmatch(path) is not None) for path in changed]
 

@@ -40,11 +40,12 @@ _REMEDIES = {
 }
 
 
-def read_file(path: Path) -> Node:
-    """The mapping that a recipe file holds.
+def read_file(path: Path, problems: list[Problem]) -> Node:
+    """The mapping that a recipe file holds. Mistakes beside which the rest can be read join ``problems``; see
+    :func:`parse`.
 
     Raises:
-        RecipeError: The file cannot be read, is not UTF-8 or not YAML, repeats a key, or holds no mapping.
+        RecipeError: The file cannot be read, is not UTF-8 or not YAML, or holds no mapping.
     """
     mark = Mark(str(path), None, path.resolve().parent)
     try:
@@ -60,7 +61,7 @@ def read_file(path: Path) -> Node:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise RecipeError([Problem(replace(mark, line=line), (), "is not UTF-8 text; save it as UTF-8")]) from None
-    node = parse(text, mark)
+    node = parse(text, mark, problems)
     if node is None:
         raise RecipeError([Problem(mark, (), "is empty; a recipe is a mapping with at least model, data and stages")])
     if not isinstance(node.value, dict):
@@ -68,8 +69,9 @@ def read_file(path: Path) -> Node:
     return node
 
 
-def parse_override(text: str) -> Node:
-    """The mapping that ``--set a.b=c`` stands for; the value is YAML and ``a.0.b`` reaches into a list.
+def parse_override(text: str, problems: list[Problem]) -> Node:
+    """The mapping that ``--set a.b=c`` stands for; the value is YAML and ``a.0.b`` reaches into a list. Mistakes beside
+    which the rest can be read join ``problems``; see :func:`parse`.
 
     Raises:
         RecipeError: It is not ``key=value``, or the value is not YAML.
@@ -79,26 +81,28 @@ def parse_override(text: str) -> Node:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise RecipeError([Problem(mark, (), "expected KEY=VALUE with a dotted key, such as run.seed=1")])
-    node = parse(value, mark) or Node(None, mark)
+    place = tuple(int(part) if part.isdecimal() else part for part in parts)
+    node = parse(value, mark, problems, place) or Node(None, mark)
     for part in reversed(parts):
         node = Node({part: node}, mark)
     return node
 
 
-def parse(text: str, mark: Mark) -> Node | None:
-    """The values of a YAML document, or None if there is none. Lines count from 1; a mark that is not a file keeps
-    its own text.
+def parse(text: str, mark: Mark, problems: list[Problem], place: Place = ()) -> Node | None:
+    """The values of a YAML document that belongs at ``place``, or None if there is none. Lines count from 1; a mark
+    that is not a file keeps its own text.
+
+    Every duplicate key (its first value stays), unknown tag and bad number (null in its place) joins ``problems``.
 
     Raises:
-        RecipeError: Every duplicate key, unknown tag and bad number, or the first syntax error.
+        RecipeError: The first syntax error.
     """
     is_file = not mark.source.startswith("--set")
     try:
         root = YAML(typ="safe", pure=True).compose(io.StringIO(text))
         if root is None:
             return None
-        builder = _Builder(mark, is_file)
-        node = builder.build(root, ())
+        return _Builder(mark, is_file, problems).build(root, place)
     except MarkedYAMLError as error:
         found = error.problem_mark or error.context_mark
         line = found.line + 1 if is_file and found is not None else None
@@ -113,9 +117,6 @@ def parse(text: str, mark: Mark) -> Node | None:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError([Problem(mark, (), f"is not valid YAML: {error}")]) from None
-    if builder.problems:
-        raise RecipeError(builder.problems)
-    return node
 
 
 def _syntax_message(error: MarkedYAMLError) -> str:
@@ -130,9 +131,8 @@ def _syntax_message(error: MarkedYAMLError) -> str:
 class _Builder:
     """Turns composed YAML into nodes and collects what is wrong with them."""
 
-    def __init__(self, mark: Mark, is_file: bool) -> None:
-        self.mark, self.is_file = mark, is_file
-        self.problems: list[Problem] = []
+    def __init__(self, mark: Mark, is_file: bool, problems: list[Problem]) -> None:
+        self.mark, self.is_file, self.problems = mark, is_file, problems
         self.count = 0
         self.open: set[int] = set()
 

@@ -7,10 +7,12 @@ Its fields are its options, its methods are the algorithm. In a recipe ``{name: 
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic_core import PydanticCustomError, to_json
+
+from alignment.errors import UserError
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -67,7 +69,7 @@ class Registry(Generic[T]):
 
         Raises:
             TypeError: The class is not a frozen dataclass or lacks a method of the kind's contract.
-            ValueError: Another class already has the name.
+            UserError: Another class already has the name.
         """
 
         def decorate(cls: type[C]) -> type[C]:
@@ -82,7 +84,8 @@ class Registry(Generic[T]):
                 raise TypeError(f"{self.kind} {name!r}: {cls.__name__} needs at least one of {', '.join(self.any_of)}")
             known = self._entries.get(name)
             if known is not None and known.cls.__qualname__ != cls.__qualname__:
-                raise ValueError(f"{self.kind} {name!r} is already {known.cls.__module__}.{known.cls.__qualname__}")
+                there = f"{known.cls.__module__}.{known.cls.__qualname__}"
+                raise UserError(f"{self.kind} {name!r} is already {there}; give {cls.__name__} another name")
             cls.__pydantic_config__ = ConfigDict(  # pyright: ignore[reportAttributeAccessIssue]
                 extra="forbid", validate_default=True, arbitrary_types_allowed=True, strict=False
             )
@@ -162,6 +165,3 @@ def _describe(f: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         "description": info.description if info else "",
         "constraints": [repr(m) for m in info.metadata] if info else [],
     }
-
-
-__all__ = ["REGISTRIES", "Annotated", "Entry", "Evidence", "Registry", "component", "option"]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from alignment.errors import UserError
 from alignment.registry import Registry
 from alignment.score import Score
 
@@ -32,7 +33,7 @@ class RewardFunction(Protocol):
 
 
 reward_functions: Registry[RewardFunction] = Registry(
-    "rewards", RewardFunction, "what a completion is worth; one column each, summed by weight"
+    "rewards", RewardFunction, "What a completion is worth: one column each, summed by weight"
 )
 
 
@@ -46,7 +47,7 @@ class RewardSpec:
     """One reward column of a recipe.
 
     Raises:
-        ValueError: No column, a weight that is no number, or a ``function`` that is no dotted path.
+        UserError: No column, a weight that is no number, or a ``function`` that is no dotted path.
     """
 
     column: str
@@ -60,18 +61,18 @@ class RewardSpec:
 
     def __post_init__(self) -> None:
         if not self.column:
-            raise ValueError("a reward needs a name for its column")
+            raise UserError("a reward needs a name for its column")
         if not math.isfinite(self.weight):
-            raise ValueError(f"reward {self.column!r}: weight {self.weight} is not a finite number")
+            raise UserError(f"reward {self.column!r}: weight {self.weight} is not a finite number")
         if isinstance(self.function, str):
             parts = self.function.split(".")
             if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-                raise ValueError(
+                raise UserError(
                     f"reward {self.column!r}: {self.function!r} is not the dotted path of a function in a module, "
                     f"such as my_lab.rewards.short"
                 )
         if self.options and not isinstance(self.function, str):
-            raise ValueError(f"reward {self.column!r}: options go with the dotted path of a function")
+            raise UserError(f"reward {self.column!r}: options go with the dotted path of a function")
 
     @property
     def whole_group(self) -> bool:
@@ -82,7 +83,7 @@ class RewardSpec:
         """What another process rebuilds it from: names and options, no code. None when there is no function.
 
         Raises:
-            ValueError: The component's class lives in a script, which other processes cannot import, or an option is
+            UserError: The component's class lives in a script, which other processes cannot import, or an option is
                 not a JSON value.
         """
         if self.function is None:
@@ -92,10 +93,10 @@ class RewardSpec:
             try:
                 json.dumps(wire)
             except TypeError as error:
-                raise ValueError(f"reward {self.column!r}: options must be plain YAML values: {error}") from error
+                raise UserError(f"reward {self.column!r}: options must be plain YAML values: {error}") from error
             return wire
         module = type(self.function).__module__
         if module == "__main__":
             name = type(self.function).__name__
-            raise ValueError(f"reward {self.column!r}: move {name} from the script into a module of its own")
+            raise UserError(f"reward {self.column!r}: move {name} from the script into a module of its own")
         return {"column": self.column, "module": module, "component": reward_functions.dump(self.function)}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignment.environments import Environment
+from alignment.errors import UserError
 from alignment.models import Tokenizer, decode, encode_prompt
 from alignment.types import (
     Completion,
@@ -88,7 +89,7 @@ def play(
         seed: The run's seed.
 
     Raises:
-        ValueError: A prompt has more than ``player.max_prompt_tokens`` tokens.
+        UserError: A prompt has more than ``player.max_prompt_tokens`` tokens.
     """
     episodes = {
         episode.id: episode
@@ -110,19 +111,28 @@ def play(
     return [Group(uid, prompt, tuple(rollouts[uid])) for prompt, uid in zip(prompts, uids, strict=True)]
 
 
+def open_episode(
+    environment: Environment, tokenizer: Tokenizer, max_tokens: int, prompt: Prompt
+) -> tuple[Any, tuple[int, ...]]:
+    """The environment's first state and the tokens of its prompt.
+
+    Raises:
+        UserError: There are more than ``max_tokens``, or the model does not know a character.
+    """
+    state, shown = environment.reset(prompt.row)
+    ids = encode_prompt(tokenizer, shown)
+    if len(ids) > max_tokens:
+        raise UserError(
+            f"prompt {prompt.id} has {len(ids)} tokens, more than data.max_prompt_tokens ({max_tokens}); "
+            f"raise that number or remove the row"
+        )
+    return state, ids
+
+
 def _start(player: Player, prompt: Prompt, uid: int, samples: int, params: SamplingParams, seed: int) -> list[_Episode]:
     """The episodes of one prompt, which share its tokens."""
-    opened = [player.environment.reset(prompt.row) for _ in range(samples)]
-    prompt_ids = encode_prompt(player.tokenizer, opened[0][1])
-    if len(prompt_ids) > player.max_prompt_tokens:
-        raise ValueError(
-            f"prompt {prompt.id} has {len(prompt_ids)} tokens, more than data.max_prompt_tokens "
-            f"({player.max_prompt_tokens}); raise that number or remove the row"
-        )
-    return [
-        _Episode(f"{uid}.{i}", uid, prompt, prompt_ids, state, keyed_seed(seed, uid, i), params)
-        for i, (state, _) in enumerate(opened)
-    ]
+    state, ids = open_episode(player.environment, player.tokenizer, player.max_prompt_tokens, prompt)
+    return [_Episode(f"{uid}.{i}", uid, prompt, ids, state, keyed_seed(seed, uid, i), params) for i in range(samples)]
 
 
 def _advance(player: Player, episode: _Episode, completion: Completion) -> bool:
@@ -135,12 +145,10 @@ def _advance(player: Player, episode: _Episode, completion: Completion) -> bool:
     episode.finish_reason = completion.finish_reason
     stop_ids = set(episode.params.stop_ids)
     episode.text = decode(player.tokenizer, [t for t in completion.token_ids if t not in stop_ids])
-    if completion.finish_reason != "stop":
-        return True
     step = player.environment.step(episode.state, episode.text)
     episode.state = step.state
-    episode.scores.update(step.scores)
-    if step.done:
+    episode.scores.update(step.scores)  # a turn that was cut short is judged as it stands, not left unscored
+    if step.done or completion.finish_reason != "stop":
         return True
     observation = encode_prompt(player.tokenizer, step.observation)
     if len(observation) >= episode.room:

@@ -27,7 +27,7 @@ from alignment.errors import UserError
 from alignment.jsonl import to_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-RECIPE, BESIDE, LOCK = "recipe.yaml", ".recipe_folder", ".lock"
+RECIPE, BESIDE, START, LOCK = "recipe.yaml", ".recipe_folder", ".init_from", ".lock"
 _held: set[Path] = set()
 
 
@@ -79,6 +79,16 @@ class Run:
         yaml.dump(json.loads(json.dumps(resolved)), text)
         replace_file(self.recipe, text.getvalue().encode())
         replace_file(self.folder / BESIDE, f"{beside.resolve()}\n".encode())
+
+    def write_start(self, init_from: str | None) -> None:
+        """Remembers which run's policy this one was started from; a later call without one changes nothing."""
+        if init_from is not None:
+            replace_file(self.folder / START, f"{init_from}\n".encode())
+
+    def read_start(self) -> str | None:
+        """What :meth:`write_start` remembered."""
+        path = self.folder / START
+        return path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else None
 
     @property
     def beside(self) -> Path:

@@ -66,7 +66,7 @@ class Scorer:
         sys_path: Folders that join the end of the workers' module path.
 
     Raises:
-        ValueError: Two rewards share a column, or an argument is out of range.
+        UserError: Two rewards share a column, or an argument is out of range.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Scorer:
     ) -> None:
         doubles = [name for name, count in Counter(s.column for s in specs).items() if count > 1]
         if doubles:
-            raise ValueError(f"two rewards are called {doubles[0]!r}; give one of them another name ('as' or 'name')")
+            raise UserError(f"two rewards are called {doubles[0]!r}; give one of them another name ('as' or 'name')")
         if workers < 1 or not timeout_s > 0:
-            raise ValueError(f"scoring needs workers >= 1 and timeout_s > 0, not {workers} and {timeout_s}")
+            raise UserError(f"scoring needs workers >= 1 and timeout_s > 0, not {workers} and {timeout_s}")
         self.specs = tuple(specs)
         self._computed = [spec for spec in specs if spec.function is not None]
         rewards = [spec.wire() for spec in self._computed]
@@ -131,8 +131,8 @@ class Scorer:
     def score(self, groups: Sequence[Group], *, step: int = 0, max_steps: int = 0) -> list[Group]:
         """The groups with every rollout's ``scores`` and ``reward`` filled in; may be called from any thread.
 
-        Scores that the environment gave keep their names; they count if the recipe lists them. A score that a rollout
-        already has under the name of a computed column is replaced.
+        Scores that the environment gave are kept if the recipe lists them (with weight 0 to look at them only). A score
+        that a rollout already has under the name of a computed column is replaced.
 
         Args:
             groups: Their prompts' rows hold ``prompt`` and the columns that the rewards read.
@@ -198,7 +198,6 @@ class Scorer:
         absent = Score(None, "skipped", "the environment gave no such score")
         scores = {s.column: found[s.column] if s.function else given.get(s.column, absent) for s in self.specs}
         terms = [s.weight * value for s in self.specs if (value := scores[s.column].value) is not None]
-        scores |= {name: score for name, score in given.items() if name not in scores}
         failed = any(score.status in FAILED for score in scores.values())
         return replace(rollout, scores=scores, reward=None if failed or not terms else sum(terms))
 

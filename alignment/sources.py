@@ -33,7 +33,7 @@ class Source(Protocol):
         ...
 
 
-sources: Registry[Source] = Registry("sources", Source, "where prompts come from")
+sources: Registry[Source] = Registry("sources", Source, "Where prompts come from")
 
 
 def describe(prompts: Sequence[Prompt]) -> dict[str, float]:

@@ -17,8 +17,8 @@ from alignment.models import Model, load_model, stop_ids
 from alignment.offline import train_supervised
 from alignment.online import train_online
 from alignment.recipe import OnlineStage, Recipe, differences, load
-from alignment.rollouts import demonstration, demonstrations_by_prompt
-from alignment.runs import Run, open_run
+from alignment.rollouts import demonstration, demonstrations_by_prompt, open_episode
+from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
 from alignment.trackers import make_sinks
@@ -67,18 +67,20 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load([recipe] if isinstance(recipe, str | Path) else list(recipe), overrides)
+    if init_from is not None:
+        resolve(init_from, recipe.run.output)  # before a folder is made for a run that cannot start
     with open_run(recipe.run.output, recipe.run.name, fresh=fresh_start) as run, GracefulStop() as stop:
         checkpoints = Checkpoints(run.checkpoints, recipe.run.keep_last)
         saved = checkpoints.latest(lambda problem: log.warning("%s", problem))
-        if saved is not None:
-            _refuse_another_recipe(run, recipe)
-            if init_from is not None:
-                raise UserError(f"{run.folder} already has checkpoints; --fresh starts it again from {init_from}")
         state = load_state(saved.folder) if saved else TrainState()
+        if saved is not None:
+            _refuse_another_start(run, recipe, state, init_from)
+        init_from = init_from or run.read_start()
         if run.result.exists() and _is_complete(recipe, state):
             log.warning("%s is complete at step %d; --fresh starts it again", run.folder, state.step)
             return {**run.read_result(), "exit_code": 0}
         run.write_recipe(recipe.resolved(), recipe.folder)
+        run.write_start(init_from)
         with Sinks([*make_sinks(recipe), *sinks]) as sink:
             return _run(recipe, run, checkpoints, saved, state, sink, stop, init_from)
 
@@ -96,20 +98,21 @@ def _run(
     """Builds what a job needs, runs its stages and writes ``result.json``."""
     with Scorer.from_recipe(recipe) as scorer:
         model = load_model(recipe.model, keyed_seed(recipe.run.seed, "model"))
-        if init_from is not None:
-            load_policy(model, init_from)
+        if saved is None and init_from is not None:
+            load_policy(model, init_from, recipe.run.output)
         prompts, held_out, demonstrations = _data(recipe, model)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, prompts, held_out, demonstrations, state)
         if saved is not None:
             job.resume(saved)
-        scorer.check({name for prompt in [*prompts, *held_out] for name in prompt.row})
+        _check_data(job, scorer)
         sink.start(_description(recipe, run, saved))
         try:
             _stages(job, saved)
         except Stopped as stopped:
             job.save()
-            result = _result(job, checkpoints, "interrupted", stopped.exit_code)
-        except UserError:  # the batch could not be collected: the last completed step is whole
+            status = "complete" if _is_complete(recipe, job.state) else "interrupted"
+            result = _result(job, checkpoints, status, stopped.exit_code)
+        except UserError:
             job.save()
             raise
         else:
@@ -163,9 +166,27 @@ def _description(recipe: Recipe, run: Run, saved: Saved | None) -> dict[str, Any
     }
 
 
-def _refuse_another_recipe(run: Run, recipe: Recipe) -> None:
-    """A run continues with the recipe that it was started with; only its length and its outputs may change."""
-    refused = [d for d in differences(run.read_recipe(), recipe.resolved()) if not d[3]]
+def _check_data(job: Job, scorer: Scorer) -> None:
+    """Finds now what would stop the run later: rows without a column, prompts too long or of unknown characters."""
+    played = [s.environment for s in job.recipe.stages if isinstance(s, OnlineStage)]
+    evaluated = [job.recipe.evaluation_environment]
+    for prompts, environments in ((job.prompts, played), (job.held_out, evaluated)):
+        if prompts:
+            scorer.check(set.intersection(*(set(prompt.row) for prompt in prompts)))
+        for environment in environments:
+            for prompt in prompts:
+                open_episode(environment, job.model.tokenizer, job.recipe.data.max_prompt_tokens, prompt)
+
+
+def _refuse_another_start(run: Run, recipe: Recipe, state: TrainState, init_from: str | None) -> None:
+    """A run continues as it was started; only what is still to come may get longer, and outputs may change."""
+    if init_from is not None and init_from != run.read_start():
+        raise UserError(
+            f"{run.folder} has checkpoints already and was not started from {init_from}; leave --init-from out to "
+            f"continue it, or add --fresh to start again (the old run is kept aside)"
+        )
+    done = {f"stages.{i}.steps" for i in range(state.stage)}
+    refused = [d for d in differences(run.read_recipe(), recipe.resolved()) if not d[3] or d[0] in done]
     if refused:
         changes = "\n".join(f"  {path}: {old!r} in the run, {new!r} now" for path, old, new, _ in refused)
         raise UserError(

@@ -273,7 +273,7 @@ class Signals:
     """The batch that was trained on, with advantages."""
     metrics: Mapping[str, float]
     evaluation: Mapping[str, float] | None
-    """The newest evaluation, if one was made since the last update."""
+    """The evaluation of the policy after this update, if one was due."""
     context: Context
 
 
@@ -290,7 +290,7 @@ class TrainState:
     components: Mapping[str, Any] = field(default_factory=dict)
     """Each stateful component's state, JSON values only, by its place in the recipe (``curricula.0``)."""
     counters: Mapping[str, float] = field(default_factory=dict)
-    """Running totals that reports show: labels used, tokens, seconds by stage."""
+    """Running totals that reports show: ``verdicts/STAGE``, the scored rollouts of a stage."""
 
     def next_step(self) -> "TrainState":
         """The state with one more step done."""

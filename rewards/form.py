@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
+from alignment.errors import UserError
 from alignment.registry import option
 from alignment.reward_registry import reward_functions, texts
 from alignment.score import Score
@@ -30,17 +30,13 @@ class Format:
     def __post_init__(self) -> None:
         bad = [tag for tag in self.tags if not re.fullmatch(r"[\w-]+", tag)]
         if bad or len(set(self.tags)) < len(self.tags):
-            raise ValueError(f"tags {list(self.tags)} must be different names of letters, digits, '-' and '_'")
+            raise UserError(f"tags {list(self.tags)} must be different names of letters, digits, '-' and '_'")
+        if self.pattern is None:
+            return
         try:
-            self._compiled  # noqa: B018
+            re.compile(self.pattern, re.DOTALL)
         except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from error
-
-    @cached_property
-    def _compiled(self) -> re.Pattern[str]:
-        if self.pattern is not None:
-            return re.compile(self.pattern, re.DOTALL)
-        return re.compile(r"\s*" + r"\s*".join(f"<{t}>(.*?)</{t}>" for t in self.tags) + r"\s*", re.DOTALL)
+            raise UserError(f"pattern {self.pattern!r} is not a regular expression: {error}") from error
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
         """One score per completion, ``wrong`` where the form is not met."""
@@ -48,8 +44,9 @@ class Format:
 
     def _fits(self, text: str) -> bool:
         if self.pattern is not None:
-            find = self._compiled.fullmatch if self.match == "full" else self._compiled.search
-            return find(text) is not None
+            find = re.fullmatch if self.match == "full" else re.search
+            return find(self.pattern, text, re.DOTALL) is not None
         # Counted first: with each tag there once, the expression has one way to match and cannot backtrack.
         once = all(text.count(mark) == 1 for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>"))
-        return once and self._compiled.fullmatch(text) is not None
+        parts = r"\s*".join(f"<{t}>(.*?)</{t}>" for t in self.tags)
+        return once and re.fullmatch(rf"\s*{parts}\s*", text, re.DOTALL) is not None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from alignment.errors import UserError
 from alignment.registry import option
 from alignment.reward_registry import reward_functions, texts
 
@@ -36,7 +37,7 @@ class Overlong:
 
     def __post_init__(self) -> None:
         if self.cache_tokens > self.max_tokens:
-            raise ValueError(f"cache_tokens {self.cache_tokens} cannot be more than max_tokens {self.max_tokens}")
+            raise UserError(f"cache_tokens {self.cache_tokens} cannot be more than max_tokens {self.max_tokens}")
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """One value in ``[-1, 0]`` per completion."""

@@ -8,7 +8,7 @@ from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.credit import credit
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
-from alignment.flight import FlightRecorder, watch
+from alignment.flight import FlightRecorder, Watched
 from alignment.types import Batch
 from tests.engines.helpers import learner_of, tiny
 
@@ -53,7 +53,7 @@ def record_step(folder: Path, algorithm: Algorithm, *, watched: bool = True, ste
     objective = Objective.of(algorithm, states)
     batch = learner.annotate(sampled_batch(), objective.needs() | algorithm.needs)
     batch = credit(batch, algorithm, states)
-    used = watch(objective) if watched else objective
+    used = Watched(objective) if watched else objective
     metrics = learner.update(batch, used)
     text = dict(enumerate("_0123456789+=")).__getitem__
     FlightRecorder(folder, keep=4, token_text=text).record(batch, used, states, 0, step, metrics)

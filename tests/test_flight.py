@@ -10,7 +10,7 @@ from alignment.algorithms.aggregations import TokenMean
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.objective import Objective
 from alignment.errors import UserError
-from alignment.flight import FlightRecorder, load_flight, recorded_steps, watch
+from alignment.flight import FlightRecorder, Watched, load_flight, recorded_steps
 from tests.recorded import record_step, sampled_batch
 
 
@@ -114,7 +114,7 @@ def test_watching_changes_nothing_for_the_learner(tmp_path):
 
 def test_rows_that_share_a_key_are_not_confused(tmp_path, credited):
     twice = replace(credited, key_B=torch.zeros_like(credited.key_B))
-    objective = watch(Objective.of(Algorithm(aggregation=TokenMean()), {}))
+    objective = Watched(Objective.of(Algorithm(aggregation=TokenMean()), {}))
     objective.loss(torch.full(twice.ids_BT.shape, -1.0), None, objective.prepare(twice))
     FlightRecorder(tmp_path, 1).record(twice, objective, {}, 0, 1)
     assert load_flight(tmp_path, 1).logp_from == "behaviour_logp"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import alignment
+import alignment.job as job_module
 from alignment.algorithms.advantages import advantages
 from alignment.algorithms.aggregations import aggregations
 from alignment.algorithms.corrections import corrections
@@ -22,6 +23,7 @@ from alignment.algorithms.kl_penalties import kl_penalties
 from alignment.algorithms.policy_losses import policy_losses
 from alignment.algorithms.weightings import weightings
 from alignment.checkpoint import Checkpoints
+from alignment.engines.torch_learner import TorchLearner
 from alignment.errors import UserError
 from alignment.metrics import Record
 from tests.tiny import tiny, write
@@ -93,7 +95,7 @@ def test_a_run_writes_what_it_promises(tmp_path):
     assert result["status"] == "complete" and result["exit_code"] == 0
     assert [(s["name"], s["steps"]) for s in result["stages"]] == [("warmup", 3), ("rl", 4)]
     assert result["stages"][0]["labels"] == {"demonstrations": 22}
-    assert result["stages"][1]["labels"] == {"right-or-wrong verdicts": 4 * 4 * 4}
+    assert result["stages"][1]["labels"] == {"verdicts on its own rollouts": 4 * 4 * 4}
     assert result["eval"]["before"] == result["stages"][1]["eval"]["before"] == result["stages"][0]["eval"]["after"]
     assert result["eval"]["after"]["n"] == 6 and len(result["eval"]["after"]["interval"]) == 2
     trained = [line for line in lines(str(run)) if line["kind"] == "train"]
@@ -129,6 +131,43 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, change, st
     assert contents(second["folder"]) == contents(whole["folder"])
     assert lines(second["folder"]) == lines(whole["folder"])
     assert second["eval"] == whole["eval"] and second["best"] == whole["best"]
+
+
+@pytest.mark.parametrize("moment", ["update", "evaluate"])
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_stop_while_the_learner_is_ahead_completes_the_step_first(tmp_path, monkeypatch, moment, step):
+    """Step 2 is of the warm-up, step 6 of the online stage; both are evaluated."""
+    whole = alignment.train(tiny(tmp_path, {"run": {"name": "whole"}}))
+    owner, name = (TorchLearner, "update") if moment == "update" else (job_module, "evaluate")
+    plain, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (step if moment == "update" else {2: 2, 6: 5}[step]):
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    parts = tiny(tmp_path, {"run": {"name": "parts"}})
+    assert alignment.train(parts)["exit_code"] == 130
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path / "runs/parts/checkpoints").steps()[-1] == step
+    second = alignment.train(parts)
+    assert contents(second["folder"]) == contents(whole["folder"])
+    assert lines(second["folder"]) == lines(whole["folder"])
+
+
+def test_a_reward_that_fails_in_an_evaluation_saves_no_half_step(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise UserError("no judge")
+
+    evaluate, calls = job_module.evaluate, []
+    monkeypatch.setattr(
+        job_module, "evaluate", lambda *a, **k: broken() if calls else calls.append(1) or evaluate(*a, **k)
+    )
+    with pytest.raises(UserError, match="no judge"):
+        alignment.train(tiny(tmp_path))
+    assert Checkpoints(tmp_path / "runs/tiny/checkpoints").steps() == [], "step 2 was never completed, 1 never due"
 
 
 def test_sigterm_saves_and_exits_75(tmp_path):
@@ -167,6 +206,53 @@ def test_an_edited_recipe_is_refused_with_both_values(tmp_path):
     assert "stages.1.learner.lr" in str(refused.value) and "0.001" in str(refused.value) and "0.5" in str(refused.value)
     allowed = tiny(tmp_path, {"run": {"save_every": 3, "sinks": ["jsonl", "tensorboard"]}, "evaluation": {"every": 3}})
     assert alignment.train(allowed)["status"] == "complete"
+
+
+def test_a_finished_stage_keeps_its_length(tmp_path):
+    alignment.train(tiny(tmp_path), sinks=[Recorder(5)])
+    with pytest.raises(UserError, match=r"stages.0.steps: 3 in the run, 9 now"):
+        alignment.train(tiny(tmp_path, {"stages": {0: {"steps": 9}}}))
+
+
+def test_a_stop_at_the_very_end_is_a_complete_run(tmp_path):
+    assert alignment.train(tiny(tmp_path), sinks=[Recorder(7)])["status"] == "complete"
+
+
+def test_the_same_command_with_init_from_continues(tmp_path):
+    parent = alignment.train(tiny(tmp_path))["folder"]
+    child = tiny(tmp_path, {"run": {"name": "child"}})
+    alignment.train(child, init_from=parent, sinks=[Recorder(2)])
+    sink = Recorder()
+    assert alignment.train(child, init_from=parent, sinks=[sink])["status"] == "complete"
+    assert sink.run["resumed_from"] == 2
+    other = alignment.train(tiny(tmp_path, {"run": {"name": "other"}}), sinks=[Recorder(2)])
+    with pytest.raises(UserError, match="was not started from"):
+        alignment.train(tiny(tmp_path, {"run": {"name": "other"}}), init_from=parent)
+    with pytest.raises(UserError, match="no run nope"):
+        alignment.train(tiny(tmp_path, {"run": {"name": "fifth"}}), init_from="nope")
+    assert other["status"] == "interrupted" and not (tmp_path / "runs/fifth").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": {"max_prompt_tokens": 3}}, "more than data.max_prompt_tokens"),
+        ({"model": {"build": {"alphabet": "0123456789="}}}, "does not know"),
+        ({"rewards": [{"name": "exact_match", "column": "solution"}]}, "solution"),
+    ],
+)
+def test_data_that_does_not_fit_is_told_before_the_first_step(tmp_path, change, said):
+    sink = Recorder()
+    with pytest.raises(UserError, match=said):
+        alignment.train(tiny(tmp_path, change), sinks=[sink])
+    assert not sink.records
+
+
+def test_rewards_that_never_apply_stop_the_run(tmp_path):
+    (tmp_path / "shy_rewards.py").write_text("def none(completions, **_):\n    return [None] * len(completions)\n")
+    recipe = tiny(tmp_path, {"rewards": [{"function": "shy_rewards.none"}], "stages": {0: {"steps": 1}}})
+    with pytest.raises(UserError, match="every component returned None"):
+        alignment.train(recipe)
 
 
 def test_fresh_keeps_the_old_run_and_init_from_starts_from_its_policy(tmp_path):
@@ -281,14 +367,16 @@ def test_calculator_turns_are_masked_and_trained_around(tmp_path):
     assert abs(sink.records[-1].metrics["mismatch_kl"]) < 1e-6, "log-probabilities after an observation agree too"
 
 
-def test_lora_trains_the_adapter_and_its_reference_is_the_base(tmp_path):
+def test_lora_trains_the_adapter_and_its_reference_is_the_start_of_the_stage(tmp_path):
     change = {
         "model": {"lora": {"rank": 4, "alpha": 8}},
+        "rewards": [{"name": "format", "pattern": "[0-4].*"}],
         "stages": {1: {"steps": 2, "algorithm": {"kl": {"name": "k3", "coefficient": 0.1}}}},
     }
     sink = Recorder()
     alignment.train(tiny(tmp_path, change), sinks=[sink])
-    assert sink.records[-1].metrics["kl"] > 0
+    first, last = (r.metrics["kl"] for r in sink.records if r.kind == "train" and r.stage == "rl")
+    assert abs(first) < 1e-7 < last, "the reference is the policy that the stage began with"
 
 
 def test_a_failing_reward_stops_the_run_with_the_reason(tmp_path, monkeypatch):

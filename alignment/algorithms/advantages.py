@@ -32,7 +32,7 @@ advantages: Registry[Advantage] = Registry("advantages", Advantage, "How rewards
 
 
 def sequence_reward(batch: Batch) -> Tensor:
-    """Everything a row earned, ``reward_B + sum_t token_reward_BT`` over its trained tokens; NaN where unscored."""
+    """``[B]`` float64: ``reward_B + sum_t token_reward_BT`` over a row's trained tokens; NaN where it is unscored."""
     assert batch.reward_B is not None, "credit sets reward_B before it calls the advantage"
     total_B = batch.reward_B.double()
     if batch.token_reward_BT is not None:
@@ -41,12 +41,21 @@ def sequence_reward(batch: Batch) -> Tensor:
 
 
 def to_tokens(adv_B: Tensor, batch: Batch) -> Tensor:
-    """The advantage of each row at every one of its trained tokens, 0 elsewhere."""
+    """``[B, T]`` float32: the advantage of each row, ``adv_B``, at every one of its trained tokens, 0 elsewhere."""
     return torch.where(_trained(batch), adv_B[:, None], 0.0).float()
 
 
 def whiten(values_BT: Tensor, mask_BT: Tensor, eps: float = 1e-8) -> Tensor:
-    """``(x - mean) / sqrt(var + eps)`` over all tokens in the mask (sample variance); exactly 0 when all are equal."""
+    """``(x - mean) / sqrt(var + eps)`` over all tokens in the mask (sample variance); exactly 0 when all are equal.
+
+    Args:
+        values_BT: ``[B, T]``; what it holds outside the mask does not matter.
+        mask_BT: ``[B, T]`` bool.
+        eps: Added to the variance, so in the square of the values' unit.
+
+    Returns:
+        ``[B, T]`` float32, 0 outside the mask.
+    """
     count = mask_BT.sum()
     values_BT = torch.where(mask_BT, values_BT.double(), 0.0)
     centred_BT = torch.where(mask_BT, values_BT - values_BT.sum() / count.clamp(min=1), 0.0)

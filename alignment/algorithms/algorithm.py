@@ -13,6 +13,7 @@ from alignment.algorithms.mixers import Mixer, NoMix, mixers
 from alignment.algorithms.policy_losses import Clip, PolicyLoss, policy_losses
 from alignment.algorithms.state import needs_of
 from alignment.algorithms.weightings import Fixed, Weighting, weightings
+from alignment.errors import UserError
 from alignment.registry import component, option
 
 
@@ -39,7 +40,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         if self.kl is not None and self.kl.apply_to == "reward" and getattr(self.weighting, "streams", False):
-            raise ValueError(
+            raise UserError(
                 "kl.apply_to 'reward' has no stream to go to when the weighting mixes advantages of separate "
                 "components; set kl.apply_to to 'loss'"
             )

@@ -3,6 +3,8 @@
 ``rho = pi_old / mu``: learner over sampler, of the sampled token. The weights multiply the policy loss of sampled
 rows, detached, beside the loss's own ratio ``pi / pi_old``. A dropped token keeps its place in the aggregation's
 counts: nothing else weighs more because of it.
+
+Suffix beside the legend of :mod:`alignment.types`: 1, a dimension of size one.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms.policy_losses import LOG_RATIO_LIMIT
+from alignment.errors import UserError
 from alignment.registry import Registry, option
 
 
@@ -56,7 +59,7 @@ class Tis:
 
     def __post_init__(self) -> None:
         if self.floor > self.cap:
-            raise ValueError(f"floor {self.floor} is above cap {self.cap}; it must be at most the cap")
+            raise UserError(f"floor {self.floor} is above cap {self.cap}; it must be at most the cap")
 
     def weights(
         self, old_logp_BT: Tensor, behaviour_logp_BT: Tensor, mask_BT: Tensor
@@ -151,4 +154,4 @@ class GeometricMask:
 
 def _check_band(low: float, high: float) -> None:
     if low > high:
-        raise ValueError(f"low {low} is above high {high}; it must be at most high")
+        raise UserError(f"low {low} is above high {high}; it must be at most high")

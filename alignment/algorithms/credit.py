@@ -39,6 +39,11 @@ def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Bat
         batch: Annotated with what ``algorithm.needs`` names.
         algorithm: The components.
         states: Their states by :meth:`Algorithm.components` names.
+
+    Raises:
+        UserError: The weighting cannot make one reward of the components, such as ``normalised`` with weights whose
+            sum is not positive.
+        AssertionError: The batch lacks what ``algorithm.needs`` names.
     """
     imitated_B = is_imitated(batch)
     judged = replace(

@@ -11,7 +11,11 @@ from alignment.types import Batch
 
 @runtime_checkable
 class EntropyControl(Protocol):
-    """A weight on the policy loss, a term of the loss, or both; None for the one that it does not use."""
+    """A weight on the policy loss, a term of the loss, or both; None for the one that it does not use.
+
+    Optional on the class: ``penalises: bool`` (an attribute or property, default False). It must be True where
+    ``penalty`` gives more than None: entropies carry a gradient only if some control says so.
+    """
 
     def prepare(self, state: Any, minibatch: Batch) -> Tensor | None:
         """``weight_BT`` that multiplies the policy loss: once per mini-batch, whole and detached, before any split."""
@@ -39,8 +43,13 @@ class Bonus:
 
     coefficient: Annotated[float, option("weight of the entropy", ge=0)] = 0.001
 
+    @property
+    def penalises(self) -> bool:
+        """Whether there is a penalty at all."""
+        return self.coefficient > 0
+
     def prepare(self, state: Any, minibatch: Batch) -> None:
         return None
 
     def penalty(self, state: Any, entropy_BT: Tensor) -> Tensor | None:
-        return None if self.coefficient == 0 else -self.coefficient * entropy_BT
+        return -self.coefficient * entropy_BT if self.penalises else None

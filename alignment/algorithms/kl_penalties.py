@@ -18,10 +18,7 @@ from torch import Tensor
 from alignment.registry import Registry, option
 from alignment.types import Signals
 
-Coefficient = Annotated[float, option("weight of the penalty; where it starts when a target is set", ge=0)]
 ApplyTo = Annotated[Literal["loss", "reward"], option("add it to the loss, or subtract it from the reward")]
-Target = Annotated[float | None, option("KL to steer the coefficient to; null: fixed", unit="nats per token", gt=0)]
-Horizon = Annotated[float, option("rows over which the steered coefficient adapts", unit="rows", gt=0)]
 
 
 @runtime_checkable
@@ -64,40 +61,33 @@ def k3_estimate(logp_BT: Tensor, ref_BT: Tensor) -> Tensor:
     return (minus_d_BT.exp() - 1 - minus_d_BT).clamp(max=10.0)
 
 
-class _Steered(Protocol):
-    """The options that the four share."""
+@dataclass(frozen=True)
+class _Steered:
+    """The options and the state that the estimators below share."""
+
+    coefficient: Annotated[float, option("weight of the penalty; where it starts when a target is set", ge=0)] = 0.001
+    apply_to: ApplyTo = "loss"
+    target: Annotated[
+        float | None, option("KL to steer the coefficient to; null: fixed", unit="nats per token", gt=0)
+    ] = None
+    horizon: Annotated[float, option("rows over which the steered coefficient adapts", unit="rows", gt=0)] = 10_000.0
 
     @property
-    def coefficient(self) -> float: ...
-    @property
-    def apply_to(self) -> Literal["loss", "reward"]: ...
-    @property
-    def target(self) -> float | None: ...
-    @property
-    def horizon(self) -> float: ...
+    def needs(self) -> tuple[str, ...]:
+        return ("reference", "old_logp") if self.apply_to == "reward" else ("reference",)
 
+    def init(self) -> dict[str, float]:
+        return {} if self.target is None else {"coefficient": self.coefficient}
 
-# What the four have in common, as functions that each class takes up by name.
+    def coefficient_now(self, state: Any) -> float:
+        return self.coefficient if self.target is None else float(state["coefficient"])
 
-
-def _needs(self: _Steered) -> tuple[str, ...]:
-    return ("reference", "old_logp") if self.apply_to == "reward" else ("reference",)
-
-
-def _init(self: _Steered) -> dict[str, float]:
-    return {} if self.target is None else {"coefficient": self.coefficient}
-
-
-def _coefficient_now(self: _Steered, state: Any) -> float:
-    return self.coefficient if self.target is None else float(state["coefficient"])
-
-
-def _observe(self: _Steered, state: Any, signals: Signals) -> Any:
-    kl = signals.metrics.get("kl")
-    if self.target is None or kl is None:  # none: no sampled token was trained on
-        return state
-    error = min(max(kl / self.target - 1, -0.2), 0.2)
-    return {"coefficient": state["coefficient"] * (1 + error * len(signals.batch) / self.horizon)}
+    def observe(self, state: Any, signals: Signals) -> Any:
+        kl = signals.metrics.get("kl")
+        if self.target is None or kl is None:  # none: no sampled token was trained on
+            return state
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return {"coefficient": state["coefficient"] * (1 + error * len(signals.batch) / self.horizon)}
 
 
 _SCHULMAN = "Approximating KL Divergence (Schulman 2020)"
@@ -105,15 +95,10 @@ _SCHULMAN = "Approximating KL Divergence (Schulman 2020)"
 
 @kl_penalties.register("k1", source=_SCHULMAN, evidence="end to end")
 @dataclass(frozen=True)
-class K1:
+class K1(_Steered):
     """``d``: unbiased, of either sign. For the reward; in the loss its mean gradient is zero."""
 
-    coefficient: Coefficient = 0.001
     apply_to: ApplyTo = "reward"
-    target: Target = None
-    horizon: Horizon = 10_000.0
-    needs = property(_needs)
-    init, observe, coefficient_now = _init, _observe, _coefficient_now
 
     def __call__(self, logp_BT: Tensor, ref_BT: Tensor) -> Tensor:
         return k1_estimate(logp_BT, ref_BT)
@@ -121,15 +106,8 @@ class K1:
 
 @kl_penalties.register("k2", source=_SCHULMAN, evidence="end to end")
 @dataclass(frozen=True)
-class K2:
+class K2(_Steered):
     """``d^2 / 2``: biased as a value, but its gradient is that of KL(pi || pi_ref)."""
-
-    coefficient: Coefficient = 0.001
-    apply_to: ApplyTo = "loss"
-    target: Target = None
-    horizon: Horizon = 10_000.0
-    needs = property(_needs)
-    init, observe, coefficient_now = _init, _observe, _coefficient_now
 
     def __call__(self, logp_BT: Tensor, ref_BT: Tensor) -> Tensor:
         return k2_estimate(logp_BT, ref_BT)
@@ -137,18 +115,11 @@ class K2:
 
 @kl_penalties.register("k3", source=_SCHULMAN, evidence="end to end")
 @dataclass(frozen=True)
-class K3:
+class K3(_Steered):
     """``exp(-d) - 1 + d``: unbiased, never negative, low variance; its gradient is that of KL(pi_ref || pi).
 
     Deviation: clamped, see :func:`k3_estimate`.
     """
-
-    coefficient: Coefficient = 0.001
-    apply_to: ApplyTo = "loss"
-    target: Target = None
-    horizon: Horizon = 10_000.0
-    needs = property(_needs)
-    init, observe, coefficient_now = _init, _observe, _coefficient_now
 
     def __call__(self, logp_BT: Tensor, ref_BT: Tensor) -> Tensor:
         return k3_estimate(logp_BT, ref_BT)
@@ -158,15 +129,8 @@ class K3:
     "k3_straight_through", source=f"{_SCHULMAN}; the combination is known from verl", evidence="end to end"
 )
 @dataclass(frozen=True)
-class K3StraightThrough:
+class K3StraightThrough(_Steered):
     """The value of ``k3`` with the gradient of ``k2``: unbiased as a number and as a direction."""
-
-    coefficient: Coefficient = 0.001
-    apply_to: ApplyTo = "loss"
-    target: Target = None
-    horizon: Horizon = 10_000.0
-    needs = property(_needs)
-    init, observe, coefficient_now = _init, _observe, _coefficient_now
 
     def __call__(self, logp_BT: Tensor, ref_BT: Tensor) -> Tensor:
         gradient_BT = k2_estimate(logp_BT, ref_BT)

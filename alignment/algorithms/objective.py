@@ -82,8 +82,7 @@ class Objective:
     @property
     def wants_entropy_grad(self) -> bool:
         """Whether :meth:`loss` must be given entropies that carry a gradient."""
-        probe_BT = torch.zeros(1, 1)
-        return any(control.penalty(state, probe_BT) is not None for control, state in self.entropy_controls)
+        return any(getattr(control, "penalises", False) for control, _ in self.entropy_controls)
 
     @torch.no_grad()
     def prepare(self, minibatch: Batch) -> Batch:
@@ -174,6 +173,8 @@ class Objective:
         for control, state in self.entropy_controls:
             penalty_BT = control.penalty(state, entropy_BT)
             if penalty_BT is not None:
+                name = type(control).__name__
+                assert getattr(control, "penalises", False), f"{name} gives a penalty, so its 'penalises' must be True"
                 total_BT = total_BT + penalty_BT
         return total_BT
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from alignment.errors import UserError
 from alignment.registry import Registry
 from alignment.types import Batch
 
@@ -78,12 +79,12 @@ class Normalised:
         """As the class says.
 
         Raises:
-            ValueError: The weights of the components that apply to a scored row do not add up to more than 0.
+            UserError: The weights of the components that apply to a scored row do not add up to more than 0.
         """
         applies_BK = ~batch.rewards_BK.isnan()
         weight_B = torch.where(applies_BK, batch.weights_K, 0.0).sum(1)
         if (batch.scored_B & applies_BK.any(1) & (weight_B <= 0)).any():
-            raise ValueError(
+            raise UserError(
                 "weighting 'normalised' divides by the sum of the weights that apply to a rollout, and for some "
                 f"rollout it is not positive (weights {batch.weights_K.tolist()}); make the weights positive, "
                 "or use 'fixed'"

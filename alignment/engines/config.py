@@ -30,8 +30,8 @@ class Cluster(Protocol):
         ...
 
 
-samplers: Registry[SamplerConfig] = Registry("samplers", SamplerConfig, "Engines that generate completions.")
-clusters: Registry[Cluster] = Registry("clusters", Cluster, "Where the processes of a run live.")
+samplers: Registry[SamplerConfig] = Registry("samplers", SamplerConfig, "What generates completions")
+clusters: Registry[Cluster] = Registry("clusters", Cluster, "Where the processes of a run live")
 
 
 @samplers.register("transformers", source="this project", evidence="end to end")

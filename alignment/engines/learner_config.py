@@ -55,7 +55,7 @@ class LearnerConfig(Protocol):
         ...
 
 
-learners: Registry[LearnerConfig] = Registry("learners", LearnerConfig, "What takes the optimizer step.")
+learners: Registry[LearnerConfig] = Registry("learners", LearnerConfig, "What takes the optimizer step")
 
 
 @learners.register("torch", source="this project", evidence="end to end")

@@ -4,6 +4,8 @@ The body of a causal language model gives hidden states; only those that precede
 output embeddings, a chunk at a time, and a chunk's logits are computed again in the backward pass. That is right
 only where logits are the output embeddings of the body's hidden states and nothing else. Some architectures cap,
 scale or shift them, so this is tried once, and where it does not hold the model's own logits are used.
+
+Suffixes beside the legend of :mod:`alignment.types`: N trained tokens of a micro-batch, H the size of a hidden state.
 """
 
 import logging
@@ -23,15 +25,15 @@ Entropy = Literal["none", "value", "gradient"]
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Without dropout inside, as it was afterwards."""
-    before = [m.training for m in modules]
-    for m in modules:
-        m.eval()
+    """Turns dropout and its like off, and gives each submodule its own mode back afterwards."""
+    training = [m for module in modules for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
     try:
         yield
     finally:
-        for m, training in zip(modules, before, strict=True):
-            m.train(training)
+        for m in training:
+            m.training = True
 
 
 class LogProbs:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.errors import UserError
 from alignment.tensorfile import read_tensors, write_tensors
 
 
@@ -33,6 +34,7 @@ class StepCounts:
     """Where a slot is. ``updates`` drives the schedule."""
 
     begun: int = 0
+    """Updates begun, those without a step included: it keys the dropout of each."""
     updates: int = 0
     """Those that took a step: one whose steps were all skipped holds the schedule."""
     steps: int = 0
@@ -128,7 +130,7 @@ class Slot:
         """Takes back what :meth:`save` wrote and returned.
 
         Raises:
-            ValueError: The moments are of other parameters, or of other shapes.
+            UserError: The moments are of other parameters, or of other shapes.
         """
         path = stem.with_suffix(".safetensors")
         state: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -136,7 +138,7 @@ class Slot:
             name, _, key = full_name.rpartition(".")
             p = self.parameters.get(name)
             if p is None or (key != "step" and value.shape != p.shape):
-                raise ValueError(f"{path}: {full_name} {list(value.shape)} fits no parameter that is trained here")
+                raise UserError(f"{path}: {full_name} {list(value.shape)} fits no parameter that is trained here")
             state.setdefault(p, {})[key] = value.to(p.device)
         self.adamw.state.clear()
         for p, moments in state.items():

@@ -58,8 +58,8 @@ class TorchLearner:
         config: Options.
         total_updates: Length of the schedule: calls of :meth:`update` in one slot.
         seed: Of dropout, the only random choice here: its numbers depend on (seed, slot, number of the update).
-        reference: Keep the weights of now as the reference. Under LoRA nothing is kept: the reference is the
-            model without its adapter.
+        reference: Keep the weights of now as the reference. Nothing is kept while a LoRA adapter is fresh: the
+            reference is then the model without it.
 
     Raises:
         ValueError: Nothing in ``module`` requires a gradient.
@@ -90,8 +90,19 @@ class TorchLearner:
         self.roles: dict[str, Role] = {}
         self.reference: dict[str, Tensor] | None = None
         self._frozen_digest: str | None = None
-        if reference and not self.has_adapter:
+        if reference and not self._has_fresh_adapter():
             self.refresh_reference()
+
+    def _has_fresh_adapter(self) -> bool:
+        """Whether the adapter does nothing yet, so that the policy of now is the model without it."""
+        return self.has_adapter and not any(p.any() for name, p in self.trained.items() if "lora_B" in name)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """``old_logp`` where dropout makes the update's own log-probabilities differ from the policy's."""
+        functional = getattr(self.module.config, "attention_dropout", 0.0)
+        active = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules()) or bool(functional)
+        return frozenset({"old_logp"} if active else ())
 
     # Annotation
 

@@ -2,11 +2,13 @@
 
 Rows of a chunk are decoded together and leave it when they finish. A request's random numbers come from a generator
 keyed by its seed alone, one number per token, so what is batched with it changes nothing but float rounding.
+
+Suffixes here: N requests of a chunk, P its distinct prompts, M rows still decoding, T positions, L tokens generated,
+S stop tokens, V vocabulary, 1 a dimension of size one.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from alignment.engines.config import TransformersSamplerConfig
+from alignment.engines.logprobs import evaluating
+from alignment.errors import UserError
 from alignment.types import Completion, Request
 
 
@@ -50,7 +54,7 @@ class TransformersSampler:
         """Completions as they finish, each once. Closing the iterator early leaves the module as it was.
 
         Raises:
-            ValueError: A request is empty, asks for no tokens, has a bad option, or is too long for the model.
+            UserError: A request is empty, asks for no tokens, has a bad option, or is too long for the model.
             FloatingPointError: While iterating: the model's logits are not finite.
         """
         for request in requests:
@@ -81,14 +85,11 @@ class TransformersSampler:
         )
         for wrong, what in problems:
             if wrong:
-                raise ValueError(f"request {request.id!r}: {what}")
+                raise UserError(f"request {request.id!r}: {what}")
 
 
 class _Chunk:
-    """Requests that are decoded together.
-
-    Suffixes: N requests, P distinct prompts, M rows still decoding, L tokens generated, V vocabulary.
-    """
+    """Requests that are decoded together."""
 
     def __init__(self, sampler: TransformersSampler, requests: Sequence[Request]) -> None:
         self.sampler, self.requests = sampler, requests
@@ -128,7 +129,7 @@ class _Chunk:
         the consumer's code runs, and may train the same module.
         """
         autocast = self.sampler.config.autocast == "bfloat16"
-        with _evaluating(self.sampler.module), torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+        with evaluating(self.sampler.module), torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             while True:
                 logits_MV = self._prefill() if self.cache is None else self._decode(self.cache)
                 done_M = self._sample(logits_MV)
@@ -265,19 +266,6 @@ def _uniforms(requests: Sequence[Request], length: int) -> np.ndarray:
                 request.params.max_tokens
             )
     return values
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Turns dropout and its like off, and restores each submodule's own mode."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 class _GrowingLayer(DynamicLayer):

@@ -243,6 +243,18 @@ def test_entropies_with_gradient_are_wanted_only_when_used():
     assert not Objective.of(Algorithm(entropy_controls=(Bonus(coefficient=0.0),)), {}).wants_entropy_grad
 
 
+def test_a_penalty_that_is_not_declared_is_refused_since_its_entropies_have_no_gradient(make_batch):
+    class Undeclared(LargestAdvantage):
+        def penalty(self, state, entropy_BT):
+            return -entropy_BT
+
+    control: Any = Undeclared()
+    batch = make_batch([[0.0]], [1], adv_BT=torch.ones(1, 2))
+    objective = Objective(Reinforce(), TokenMean(), entropy_controls=((control, {"w": 1.0}),))
+    with pytest.raises(AssertionError, match="Undeclared gives a penalty, so its 'penalises' must be True"):
+        objective.loss(torch.zeros(1, 2), torch.ones(1, 2), objective.prepare(batch))
+
+
 def test_of_takes_coefficients_and_states_from_the_components_state():
     algorithm = Algorithm(kl=K2(target=0.1), entropy_controls=(LargestAdvantage(),), epochs=2, minibatches=3)
     objective = Objective.of(algorithm, {"kl": {"coefficient": 0.7}, "entropy_controls.0": {"w": 4.0}})

@@ -63,6 +63,7 @@ def test_the_bonus_is_minus_coefficient_times_entropy_and_raises_it():
 
 def test_a_bonus_of_zero_asks_for_nothing(make_batch):
     assert Bonus(coefficient=0.0).penalty(None, torch.ones(1, 2)) is None
+    assert not Bonus(coefficient=0.0).penalises and Bonus().penalises
     assert Bonus().prepare(None, make_batch([0.0])) is None
 
 

@@ -176,9 +176,12 @@ def test_nothing_to_train_on_gives_zeros() -> None:
 
 def test_looking_at_a_model_changes_neither_its_mode_nor_the_global_random_numbers() -> None:
     module = tiny("GPT2", resid_pdrop=0.5).train()
+    module.get_submodule("transformer.h.0").eval()
+    modes = [m.training for m in module.modules()]
     torch.manual_seed(1)
     want = torch.rand(3)
     torch.manual_seed(1)
     LogProbs(module, 5)
     assert torch.equal(torch.rand(3), want)
-    assert module.training and not module.get_submodule("lm_head")._forward_hooks
+    assert [m.training for m in module.modules()] == modes
+    assert not module.get_submodule("lm_head")._forward_hooks
