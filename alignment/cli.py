@@ -162,7 +162,7 @@ def export(
 
 @command("align replay runs/quickstart --step 300 --set stages.1.algorithm.advantage=rloo")
 def replay(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run: its folder, or its name under runs.")],
     step: Annotated[int, typer.Option(help="A step that the flight recorder kept.")],
     overrides: Overrides = None,
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 from uuid import uuid4
 
-import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from alignment.checkpoint import Checkpoints
@@ -15,7 +15,7 @@ from alignment.errors import UserError
 from alignment.models import Model, load_model, save_model
 from alignment.recipe_sections import ModelConfig
 from alignment.runs import Run, resolve
-from alignment.tensorfile import digest, read_tensors
+from alignment.tensorfile import copy_into, digest, read_tensors, weights_of
 from alignment.types import keyed_seed
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,18 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
         UserError: There is no such run or step, ``folder`` is in use, or there is no adapter to write.
         CheckpointDamaged: The checkpoint is not what was written.
     """
-    source, which = resolve(run, output)
-    recipe = Run(source).read_recipe()
-    config = ModelConfig.model_validate(recipe["model"])
+    found, which = resolve(run, output)
+    source = Run(found)
+    recipe = source.read_recipe()
+    try:
+        config = ModelConfig.model_validate(recipe["model"]).located(source.beside)
+    except (ValidationError, KeyError) as error:
+        raise UserError(f"{source.recipe}: its model is not what this program writes: {error}") from error
     form = _form(form, config)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not an empty folder; choose another one, nothing is overwritten")
-    saved = Checkpoints(source / "checkpoints").load(which, log.warning)
+    saved = Checkpoints(source.checkpoints).load(which, log.warning)
 
     model = load_model(config, keyed_seed(recipe["run"]["seed"], "model"))
     _copy_policy(saved.folder, model.module)
@@ -74,13 +78,11 @@ def load_policy(model: Model, run: str, output: str | Path = "runs") -> None:
         CheckpointDamaged: The checkpoint is not what was written.
     """
     source, which = resolve(run, output)
-    _copy_policy(Checkpoints(source / "checkpoints").load(which, log.warning).folder, model.module)
+    _copy_policy(Checkpoints(Run(source).checkpoints).load(which, log.warning).folder, model.module)
 
 
 def _copy_policy(checkpoint: Path, module: nn.Module) -> None:
-    persistent = module.state_dict().keys()
-    own = {n: t for n, t in module.named_buffers() if n in persistent} | dict(module.named_parameters())
-    new = policy_weights(checkpoint)
+    own, new = weights_of(module), policy_weights(checkpoint)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     if odd := (new.keys() - own.keys()) | (trained - new.keys()):
         raise UserError(f"{checkpoint} is of a model with other weights: {', '.join(sorted(odd)[:5])}")
@@ -89,9 +91,7 @@ def _copy_policy(checkpoint: Path, module: nn.Module) -> None:
     record = json.loads((checkpoint / "learner" / "learner.json").read_text(encoding="utf-8"))
     if record["frozen"] != digest({name: t for name, t in own.items() if name not in new}):
         raise UserError(f"{checkpoint} was trained on another base model: set model.path (and revision) to that one")
-    with torch.no_grad():
-        for name, tensor in new.items():
-            own[name].copy_(tensor)
+    copy_into({name: own[name] for name in new}, new)
 
 
 def _form(form: Form, config: ModelConfig) -> Literal["adapter", "merged"]:

@@ -1,25 +1,25 @@
 """What ``align list`` says of components."""
 
+import dataclasses
 import importlib
-import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from alignment.errors import UserError
+from alignment.recipe_errors import did_you_mean
 from alignment.recipe_values import plain_values
 from alignment.registry import REGISTRIES, Entry
 
-_COMPARISON = re.compile(r"(?:Gt|Ge|Lt|Le)\((gt|ge|lt|le)=(.*)\)")
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def describe_components(kind: str | None, name: str | None, plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """All kinds, the components of ``kind``, or its component ``name``, as JSON values.
+    """All kinds, the kind ``kind``, or its component ``name``, as JSON values; always down to the options.
 
     Raises:
         UserError: There is no such kind or component, or a plugin cannot be imported.
@@ -27,11 +27,10 @@ def describe_components(kind: str | None, name: str | None, plugins: Sequence[st
     for module in ("alignment.recipe", "rewards", *plugins):
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"cannot import '{module}': {error}") from error
+        except (Exception, SystemExit) as error:  # whatever a user's module may do when it is imported
+            raise UserError(f"cannot import '{module}': {type(error).__name__}: {error}") from error
     if kind is None:
-        kinds = [{"kind": r.kind, "doc": r.doc, "components": r.names()} for r in REGISTRIES.values()]
-        return {"kinds": sorted(kinds, key=lambda k: str(k["kind"]))}
+        return {"kinds": [describe_components(kind, None) for kind in sorted(REGISTRIES)]}
     if kind not in REGISTRIES:
         raise _unknown("kind of component", kind, sorted(REGISTRIES))
     registry = REGISTRIES[kind]
@@ -47,7 +46,7 @@ def show_components(found: Mapping[str, Any], console: Console) -> None:
     if "kinds" in found:
         table = Table("kind", "what it is", "components", box=None, header_style="bold")
         for k in found["kinds"]:
-            table.add_row(f"[bold]{k['kind']}[/bold]", escape(k["doc"]), ", ".join(k["components"]))
+            table.add_row(f"[bold]{k['kind']}[/bold]", escape(k["doc"]), ", ".join(c["name"] for c in k["components"]))
         console.print(table)
         console.print("\n[dim]align list KIND shows the components of a kind, align list KIND NAME one of them.[/dim]")
     elif "components" in found:
@@ -59,7 +58,16 @@ def show_components(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _described(entry: Entry[Any]) -> dict[str, Any]:
-    options = [{**option, "default": plain_values(option["default"])} for option in entry.options()]
+    hints = get_type_hints(entry.cls, include_extras=True)
+    options = [
+        {
+            **option,
+            "type": _type(hints[option["name"]]),
+            "default": plain_values(option["default"]),
+            "constraints": _constraints(hints[option["name"]]),
+        }
+        for option in entry.options()
+    ]
     about = {"name": entry.name, "summary": entry.summary, "source": entry.source, "evidence": entry.evidence}
     return {**about, "options": options}
 
@@ -70,17 +78,42 @@ def _show_entry(entry: Mapping[str, Any], console: Console) -> None:
     if entry["options"]:
         table = Table("option", "default", "type", "unit", "what it does", box=None, header_style="dim", padding=(0, 2))
         for option in entry["options"]:
-            limits = f" ({', '.join(map(_limit, option['constraints']))})" if option["constraints"] else ""
+            limits = (
+                f" ({', '.join(_limit(*c) for c in option['constraints'].items())})" if option["constraints"] else ""
+            )
             cells = (option["name"], _default(option), option["type"], option["unit"] or "")
             table.add_row(*map(escape, cells), escape(option["description"] + limits))
         console.print(table)
     console.print()
 
 
-def _limit(constraint: str) -> str:
-    """``Ge(ge=0)`` as ``>= 0``."""
-    found = _COMPARISON.fullmatch(constraint)
-    return f"{_SIGNS[found[1]]} {found[2]}" if found else constraint
+def _type(hint: Any) -> str:
+    """A type as a recipe's author would say it: ``int | null``, ``'loss' | 'reward'``, ``list of text``."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _type(args[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type, args))
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    if origin in (tuple, list):
+        items = dict.fromkeys(_type(arg) for arg in args if arg is not Ellipsis)
+        length = "" if origin is list or Ellipsis in args else f"{len(args)} "
+        return f"list of {length}{' and '.join(f'({item})' if '|' in item else item for item in items)}"
+    names = {str: "text", type(None): "null", dict: "mapping"}
+    return names.get(origin or hint) or getattr(hint, "__name__", str(hint))
+
+
+def _constraints(hint: Any) -> dict[str, Any]:
+    """What :func:`alignment.registry.option` demands of a value, such as ``{"ge": 0}``."""
+    demands = [m for info in getattr(hint, "__metadata__", ()) for m in getattr(info, "metadata", ())]
+    parts = [dataclasses.asdict(m) if dataclasses.is_dataclass(m) else vars(m) for m in demands]  # pyright: ignore[reportArgumentType]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _limit(name: str, value: Any) -> str:
+    """``ge`` and 0 as ``>= 0``."""
+    return f"{_SIGNS[name]} {value}" if name in _SIGNS else f"{name}: {value}".replace("_", " ")
 
 
 def _default(option: Mapping[str, Any]) -> str:
@@ -89,6 +122,4 @@ def _default(option: Mapping[str, Any]) -> str:
 
 
 def _unknown(what: str, given: str, allowed: Sequence[str]) -> UserError:
-    close = get_close_matches(given, allowed, 1, 0.5)
-    meant = f"; did you mean '{close[0]}'?" if close else ""
-    return UserError(f"there is no {what} '{given}'{meant} (available: {', '.join(allowed)})")
+    return UserError(f"there is no {what} '{given}'{did_you_mean(given, allowed)} (available: {', '.join(allowed)})")

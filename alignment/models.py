@@ -181,9 +181,12 @@ def _build(config: "ModelConfig", build: "Build") -> Model:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    module = AutoModelForCausalLM.from_config(
-        architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
-    )
+    try:
+        module = AutoModelForCausalLM.from_config(
+            architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"model: {error}") from error
     return Model(module, tokenizer, f"{build.architecture}-{build.layers}x{build.hidden_size}")
 
 
@@ -227,12 +230,18 @@ def _load(config: "ModelConfig", path: str) -> Model:
     return Model(module, tokenizer, Path(path).name)
 
 
+def names_folder(path: str) -> bool:
+    """Whether a ``model.path`` can only be a folder, because no hub id is written like this."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
 def _locate(path: str, revision: str | None) -> str:
     """The folder, or the hub id, to hand to transformers for ``path``."""
     folder = Path(path).expanduser()
     if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise UserError(f"model.path: there is no folder {folder.absolute()}")
+        if names_folder(path):
+            where = "" if folder.is_absolute() else f", neither beside the recipe nor in {Path.cwd()}"
+            raise UserError(f"model.path: there is no folder {folder}{where}")
         return _on_hub(path, revision)
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()

@@ -3,17 +3,22 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
 from alignment.errors import UserError
 from alignment.model_size import Shape, memory_bytes
-from alignment.recipe import OnlineStage, Recipe, SftStage, Stage
-from alignment.recipe_tree import Place
+from alignment.models import names_folder
+from alignment.recipe import ModelConfig, OnlineStage, Recipe, SftStage, Stage
+from alignment.recipe_tree import Problem, RecipeError
 from alignment.registry import REGISTRIES
 from alignment.sources import describe
 from alignment.types import Prompt
+
+SHOWN_FAULTS = 5
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class StagePlan:
 class Plan:
     """A recipe's data, model and stages in numbers."""
 
+    model: str
+    """Where it comes from."""
     parameters: int | None
     trainable: int | None
     data: Mapping[str, Mapping[str, float]]
@@ -62,17 +69,19 @@ def make_plan(recipe: Recipe) -> Plan:
     """Loads the recipe's data and works out what each stage does.
 
     Raises:
-        RecipeError: Data cannot be read, or a prompt does not suit the recipe; at the line that names the data.
+        RecipeError: Data cannot be read, a prompt does not suit the recipe, or there is no such folder of a model;
+            each at the line that names it.
     """
-    data = {
-        name: _load(recipe, name, source)
-        for name in ("train", "demonstrations", "eval")
-        if (source := getattr(recipe.data, name)) is not None
-    }
-    for name, prompts in data.items():
-        _check_characters(recipe, name, prompts)
-    shape = Shape.of(recipe.model)
+    model = recipe.located_model()
+    data, problems = _data(recipe)
+    if model.path is not None and names_folder(model.path) and not Path(model.path).is_dir():
+        message = f"there is no folder {model.path}, neither beside the recipe in {recipe.folder} nor in {Path.cwd()}"
+        problems += recipe.error(("model", "path"), message).problems
+    if problems:
+        raise RecipeError(problems)
+    shape = Shape.of(model)
     return Plan(
+        model=_origin(model),
         parameters=shape.parameters if shape else None,
         trainable=shape.trainable(recipe.model.lora) if shape else None,
         data={name: describe(prompts) for name, prompts in data.items()},
@@ -80,31 +89,47 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def _load(recipe: Recipe, name: str, source: Any) -> Sequence[Prompt]:
-    try:
-        return source.load(recipe.folder)
-    except UserError as error:
-        raise recipe.error(("data", name), str(error)) from None
+def _origin(model: ModelConfig) -> str:
+    if model.path is None:
+        return "built by the recipe"
+    if Path(model.path).is_dir():
+        return f"folder {model.path}"
+    return f"{model.path} from the hub (there is no such folder), fetched when training starts"
 
 
-def _check_characters(recipe: Recipe, name: str, prompts: Sequence[Prompt]) -> None:
-    """A model built from an alphabet must be able to read and write the data; there, a character is a token."""
+def _data(recipe: Recipe) -> tuple[dict[str, Sequence[Prompt]], list[Problem]]:
+    """The prompts of each source, and what is wrong with any of them."""
+    data: dict[str, Sequence[Prompt]] = {}
+    problems: list[Problem] = []
+    for name in ("train", "demonstrations", "eval"):
+        source = getattr(recipe.data, name)
+        if source is None:
+            continue
+        try:
+            data[name] = source.load(recipe.folder)
+            messages = list(islice(_unsuited(recipe, data[name]), SHOWN_FAULTS))
+        except UserError as error:
+            messages = [str(error)]
+        for message in messages:
+            problems += recipe.error(("data", name), message).problems
+    return data, problems
+
+
+def _unsuited(recipe: Recipe, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """Rows that a model built from an alphabet could not read or write; there, a character is a token."""
     if recipe.model.build is None:
         return
     alphabet, limit = set(recipe.model.build.alphabet), recipe.data.max_prompt_tokens
-    place: Place = ("data", name)
     for prompt in prompts:
         for column in ("prompt", "completion"):
             text = prompt.row.get(column)
             unknown = sorted(set(text) - alphabet) if isinstance(text, str) else []
             if unknown:
                 shown = " ".join(repr(character) for character in unknown)
-                message = f"{column} {text!r} has characters that model.build.alphabet lacks: {shown}; add them there"
-                raise recipe.error(place, message)
+                yield f"{column} {text!r} has characters that model.build.alphabet lacks: {shown}; add them there"
         text = prompt.row["prompt"]
         if isinstance(text, str) and len(text) > limit:
-            message = f"prompt {text!r} has {len(text)} tokens, more than data.max_prompt_tokens ({limit})"
-            raise recipe.error(place, message)
+            yield f"prompt {text!r} has {len(text)} tokens, more than data.max_prompt_tokens ({limit})"
 
 
 def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping[str, Sequence[Prompt]]) -> StagePlan:

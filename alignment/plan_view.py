@@ -41,11 +41,12 @@ def _yaml(recipe: Recipe) -> str:
 def _overview(recipe: Recipe, plan: Plan) -> Table:
     table = _table("plan")
     table.add_row("written to", escape(str(recipe.run.folder)))
-    model = UNKNOWN
+    size = UNKNOWN
     if plan.parameters is not None:
         trained = "" if plan.trainable == plan.parameters else f", {plan.trainable:,} trained"
-        model = f"{plan.parameters:,} parameters{trained}"
-    table.add_row("model", model)
+        size = f"{plan.parameters:,} parameters{trained}"
+    table.add_row("model", escape(plan.model))
+    table.add_row("size", size)
     for name, numbers in plan.data.items():
         floor = f", always the same answer scores {numbers['floor']:.1%}" if numbers["floor"] else ""
         table.add_row(f"data.{name}", f"{numbers['prompts']:,} prompts, {numbers['distinct']:,} distinct{floor}")

@@ -20,7 +20,7 @@ from alignment.algorithms.state import fresh
 from alignment.errors import UserError
 from alignment.flight import Flight, Update, load_flight
 from alignment.recipe import OnlineStage, Recipe, load
-from alignment.runs import Run
+from alignment.runs import Run, resolve
 from alignment.types import Batch, masked_mean
 
 ANNOTATED = {"old_logp": "old_logp_BT", "reference": "ref_logp_BT", "entropy": "entropy_BT", "values": "values_BT"}
@@ -46,23 +46,33 @@ class Replay:
         return torch.equal(self.batch.adv_BT, self.flight.batch.adv_BT) and self.recorded == self.recomputed
 
 
-def replay(run: Path, step: int, overrides: Sequence[str] = (), console: Console | None = None) -> Replay:
-    """Replays ``step`` of the run in the folder ``run`` under its recipe changed by ``overrides``, and shows it.
+def replay(
+    run: str | Path,
+    step: int,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    output: str | Path = "runs",
+) -> Replay:
+    """Replays ``step`` of ``run`` under its recipe changed by ``overrides``, and shows it.
 
     The new log-probabilities are the recorded ones: the question answered is what this step would have been told to
     do, not where a whole run would have gone.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or its name inside ``output``.
         step: One of the steps that the flight recorder kept.
         overrides: ``stages.1.algorithm.advantage=rloo`` and the like, as for training.
         console: Where to show it; None shows nothing.
+        output: Where names of runs are looked up.
 
     Raises:
-        UserError: No such step; the changed recipe is wrong, or needs what was not recorded.
+        UserError: No such run or step; the changed recipe is wrong, or needs what was not recorded.
     """
-    flight = load_flight(run / "flight", step)
-    known = Run(run)
+    folder, which = resolve(str(run), output)
+    if which != "latest":
+        raise UserError(f"{run}: a replay reads the flight recorder, not a checkpoint; give RUN alone and --step")
+    known = Run(folder)
+    flight = load_flight(known.flight, step)
     recipe, changed = (load([known.recipe], texts, known.beside) for texts in ((), overrides))
     weights = {spec.column: spec.weight for spec in changed.rewards}
     was = dict(zip(flight.batch.objectives, flight.batch.weights_K.tolist(), strict=True))

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from alignment.checkpoint import Checkpoints, Which
 from alignment.durable import replace_file, sync
@@ -38,11 +39,6 @@ class Run:
     folder: Path
 
     @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.name
-
-    @property
     def recipe(self) -> Path:
         """The resolved recipe that the run was started with."""
         return self.folder / RECIPE
@@ -51,16 +47,6 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of :class:`alignment.checkpoint.Checkpoints`."""
         return self.folder / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """One line per step and per evaluation."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def rollouts(self) -> Path:
-        """A sample of rollouts, one line per group."""
-        return self.folder / "rollouts.jsonl"
 
     @property
     def result(self) -> Path:
@@ -92,20 +78,31 @@ class Run:
 
     @property
     def beside(self) -> Path:
-        """The folder of the recipe that the run was started with."""
-        return Path((self.folder / BESIDE).read_text(encoding="utf-8").rstrip("\n"))
+        """The folder of the recipe that the run was started with.
+
+        Raises:
+            UserError: The run does not say.
+        """
+        try:
+            return Path((self.folder / BESIDE).read_text(encoding="utf-8").rstrip("\n"))
+        except FileNotFoundError as error:
+            message = f"{self.folder} has no {BESIDE}, the file that names its recipe's folder; copy hidden files too"
+            raise UserError(message) from error
 
     def read_recipe(self) -> dict[str, Any]:
         """What :meth:`write_recipe` wrote.
 
         Raises:
-            UserError: The folder has no recipe, so it is no run.
+            UserError: The folder has no recipe, so it is no run; or the file is not what was written.
         """
         try:
             text = self.recipe.read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise UserError(f"{self.folder} has no {RECIPE}: it is not the folder of a run") from error
-        return YAML(typ="safe", pure=True).load(text)
+        try:
+            return YAML(typ="safe", pure=True).load(text)
+        except YAMLError as error:
+            raise UserError(f"{self.recipe} was changed and is no YAML any more: {error}") from error
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json``; what is not a finite number becomes null."""
@@ -199,7 +196,7 @@ def resolve(address: str, output: str | Path = "runs") -> tuple[Path, Which]:
         names = sorted(p.name for p in Path(output).iterdir() if (p / BESIDE).exists()) if Path(output).is_dir() else []
         there = f"runs in {output}: {', '.join(names)}" if names else f"there are no runs in {output}"
         raise UserError(f"there is no run {text}; {there}")
-    steps = Checkpoints(folder / "checkpoints").steps()
+    steps = Checkpoints(Run(folder).checkpoints).steps()
     there = f"its steps with a checkpoint: {', '.join(map(str, steps)) or 'none'}"
     if suffix in ("best", "latest"):
         return folder, "best" if suffix == "best" else "latest"
@@ -242,7 +239,7 @@ def truncate_jsonl(path: Path, last_step: int) -> int:
 def _folder(text: str, output: Path) -> Path | None:
     """A run's folder. A recipe alone does not make one: a project has that too."""
     for folder in (Path(text), output / text):
-        if (folder / BESIDE).exists() or (folder / "checkpoints").is_dir():
+        if (folder / BESIDE).exists() or Run(folder).checkpoints.is_dir():
             return folder
     return None
 

@@ -65,7 +65,7 @@ class JsonlSink:
         place = {"step": record.step, "stage": record.stage, "stage_step": record.stage_step, "kind": record.kind}
         taken = place.keys() & record.metrics.keys()
         if taken:
-            raise ValueError(f"metrics may not be called {', '.join(sorted(taken))}: each line has these already")
+            raise UserError(f"metrics may not be called {', '.join(sorted(taken))}: each line has these already")
         metrics = {k: v if isinstance(v, int) else float(v) for k, v in record.metrics.items()}
         self._write("metrics", {**place, "time": round(time.time(), 3), **metrics})
 
@@ -166,18 +166,22 @@ class WandbSink:
             raise UserError(_missing("wandb")) from error
         folder = Path(run["folder"])
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=run["name"],
-            id=_run_id(folder, fresh=run.get("resumed_from") is None),
-            resume="allow",
-            dir=str(folder),
-            config=redact(run["recipe"]),
-            mode=self.mode,
-            # Its capture of the output and its own messages would fight with the live display.
-            settings=wandb.Settings(console="off", silent=True, save_code=False),
-        )
+        try:
+            self._run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=run["name"],
+                id=_run_id(folder, fresh=run.get("resumed_from") is None),
+                resume="allow",
+                dir=str(folder),
+                config=redact(run["recipe"]),
+                mode=self.mode,
+                # Its capture of the output and its own messages would fight with the live display.
+                settings=wandb.Settings(console="off", silent=True, save_code=False),
+            )
+        except wandb.UsageError as error:  # pyright: ignore[reportAttributeAccessIssue]
+            remedy = "log in with `wandb login`, or set WANDB_MODE=offline in the environment"
+            raise UserError(f"run.sinks names wandb, which cannot start: {error}; {remedy}") from error
         # A resumed run logs some steps again. W&B's own step must never go back, so ours is a metric.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

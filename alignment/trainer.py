@@ -97,7 +97,7 @@ def _run(
 ) -> dict[str, Any]:
     """Builds what a job needs, runs its stages and writes ``result.json``."""
     with Scorer.from_recipe(recipe) as scorer:
-        model = load_model(recipe.model, keyed_seed(recipe.run.seed, "model"))
+        model = load_model(recipe.located_model(), keyed_seed(recipe.run.seed, "model"))
         if saved is None and init_from is not None:
             load_policy(model, init_from, recipe.run.output)
         prompts, held_out, demonstrations = _data(recipe, model)

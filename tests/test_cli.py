@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 import alignment.cli as cli
@@ -105,7 +106,7 @@ def test_export_and_replay_pass_their_options_on(tmp_path, monkeypatch):
     assert align("export", "runs/a@3", tmp_path, "--merged").exit_code == 0
     assert align("export", "runs/a", tmp_path).exit_code == 0
     assert align("replay", "runs/a", "--step", 4, "--set", "x.y=1").exit_code == 0
-    assert calls == [("runs/a@3", tmp_path, "merged"), ("runs/a", tmp_path, "auto"), (Path("runs/a"), 4, ["x.y=1"])]
+    assert calls == [("runs/a@3", tmp_path, "merged"), ("runs/a", tmp_path, "auto"), ("runs/a", 4, ["x.y=1"])]
     both = align("export", "runs/a", tmp_path, "--merged", "--adapter")
     assert both.exit_code == 2 and "exclude each other" in both.stderr
 
@@ -121,17 +122,28 @@ def test_list_goes_from_kinds_to_options():
     found = json.loads(align("list", "policy_losses", "clip", "--json").stdout)
     low = next(option for option in found["options"] if option["name"] == "clip_low")
     assert (low["type"], low["default"]) == ("float", 0.2) and low["description"]
+    assert low["constraints"] == {"ge": 0, "le": 1}
     everything = json.loads(align("list", "--json").stdout)["kinds"]
-    for entry in everything:
-        for component in json.loads(align("list", entry["kind"], "--json").stdout)["components"]:
-            assert component["summary"] and component["source"], component["name"]
+    assert next(k for k in everything if k["kind"] == "policy_losses") == json.loads(
+        align("list", "policy_losses", "--json").stdout
+    )
+    components = [component for k in everything for component in k["components"]]
+    for component in components:
+        assert component["summary"] and component["source"], component["name"]
+    types = {o["name"]: o["type"] for c in components for o in c["options"] if c["name"] in ("arithmetic", "torch")}
+    assert types["operators"] == "list of ('+' | '-' | '*')" and types["size"] == "int | null"
+    assert types["betas"] == "list of 2 float" and types["split"] == "'train' | 'demonstrations' | 'eval'"
 
 
-def test_list_says_what_there_is_instead():
+def test_list_says_what_there_is_instead(tmp_path):
     for args, meant in ((["polcy_losses"], "policy_losses"), (["advantages", "grop"], "grpo")):
         result = align("list", *args)
         assert result.exit_code == 2 and f"did you mean '{meant}'?" in result.stderr and "available: " in result.stderr
     assert "cannot import 'not_there'" in align("list", "--plugin", "not_there").stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        (tmp_path / "half_written.py").write_text("def f(:")
+        assert "cannot import 'half_written': SyntaxError" in align("list", "--plugin", "half_written").stderr
 
 
 def test_init_writes_a_project_that_checks_and_whose_test_passes(tmp_path):

@@ -11,7 +11,7 @@ from alignment.engines.torch_learner import TorchLearner
 from alignment.errors import UserError
 from alignment.export import export, load_policy, policy_weights
 from alignment.recipe_sections import ModelConfig
-from alignment.runs import open_run
+from alignment.runs import Run, open_run
 from alignment.types import keyed_seed
 
 BUILD = {"architecture": "qwen3", "alphabet": "0123456789+=", "hidden_size": 16, "layers": 2}
@@ -183,3 +183,17 @@ def test_weights_of_another_model_are_refused_before_anything_changes(full):
         with pytest.raises(UserError, match=message):
             load_policy(other, f"{full[0]}@100")
         assert all(torch.equal(p, before[name]) for name, p in other.module.named_parameters())
+
+
+def test_a_base_beside_the_recipe_is_found_from_anywhere(base, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "lab/base")
+    with monkeypatch.context() as patch:
+        patch.chdir("lab")
+        run, expected = trained(tmp_path / "runs", "beside", {"path": "base", "lora": LORA})
+    known = Run(run)
+    known.write_recipe(known.read_recipe(), tmp_path / "lab")
+    merged = export(str(run), tmp_path / "merged", "merged")
+    torch.testing.assert_close(logits(load(merged)), expected[100], rtol=1e-4, atol=1e-4)

@@ -18,17 +18,6 @@ HEAVY = {"transformers", "peft", "trl", "datasets", "accelerate"}
 CLUSTER = {"vllm", "deepspeed", "ray"}
 TOP = {f"alignment.{name}" for name in ("cli", "recipe", "trainer", "online", "offline", "job")}
 BELOW = "algorithms engines tasks curricula environments sources batching registry types errors".split()
-    "algorithms",
-    "engines",
-    "tasks",
-    "curricula",
-    "environments",
-    "sources",
-    "batching",
-    "registry",
-    "types",
-    "errors",
-)
 FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "torch.load", "os.system", "__import__"}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=NAMES)

@@ -312,3 +312,16 @@ def test_exactly_one_of_path_and_build():
     for config in (ModelConfig(), ModelConfig(path="x", build=BUILD)):  # pyright: ignore[reportArgumentType]
         with pytest.raises(UserError, match="one of 'path'"):
             load_model(config, 0)
+
+
+def test_no_progress_bar_is_shown(folder, capfd):
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert "Loading weights" in capfd.readouterr().err  # left alone, transformers shows one
+    save_model(loaded(folder, lora={"rank": 2}), folder.parent / "merged")
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == ""
+
+
+def test_attention_that_is_not_installed_is_the_users_error():
+    with pytest.raises(UserError, match="model: .*FlashAttention2"):
+        built(attention="flash_attention_2")

@@ -107,3 +107,25 @@ def test_a_relative_path_starts_at_the_recipe(tmp_path, monkeypatch):
     )
     monkeypatch.chdir("/")
     assert make_plan(load([path])).data["train"]["prompts"] == 1
+
+
+def test_every_source_that_does_not_suit_is_told(tmp_path):
+    sources = ["data.train={name: jsonl, path: none.jsonl}", "data.eval={name: jsonl, path: rows.jsonl}"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1"}\n{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(RecipeError) as error:
+        plan_of(tmp_path, *sources, "data.demonstrations.size=9999", "model={build: null, path: ./none}")
+    places = [problem.place for problem in error.value.problems]
+    assert places == [("data", "train"), ("data", "demonstrations"), ("model", "path")]
+    with pytest.raises(RecipeError) as error:
+        plan_of(tmp_path, *sources)
+    assert [problem.place[-1] for problem in error.value.problems] == ["train", "eval", "eval"]
+
+
+def test_where_the_model_comes_from_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    assert plan_of(tmp_path).model == "built by the recipe"
+    assert plan_of(tmp_path, "model={build: null, path: lab/tiny}").model.startswith(
+        "lab/tiny from the hub (there is no such"
+    )
+    (tmp_path / "lab/tiny").mkdir(parents=True)
+    assert plan_of(tmp_path, "model={build: null, path: lab/tiny}").model == f"folder {tmp_path}/lab/tiny"

@@ -34,7 +34,6 @@ def test_a_recipe_becomes_components(tmp_path):
 def test_defaults_and_derived_values(tmp_path):
     recipe = load([write(tmp_path, name="my recipe!.yaml")], ["run={seed: 3}", "stages.1.algorithm.epochs=2"])
     assert recipe.run.name == "base"
-    assert recipe.evaluation.sampling.max_tokens == 4  # the first online stage's
     assert [s.updates_per_step for s in recipe.stages] == [1, 2]
     bare = write(tmp_path, BASE.replace("run: {name: base, seed: 0}\n", ""), name="my recipe!.yaml")
     assert load([bare]).run.name == "my-recipe-"
@@ -72,7 +71,9 @@ def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path):
     ],
 )
 def test_what_is_not_a_recipe_is_told_at_its_line(tmp_path, text, message):
-    assert only(write(tmp_path, text)).startswith(message)
+    found = problems(write(tmp_path, text))
+    assert any(line.startswith(message) for line in found), found
+    assert all("is required" in line for line in found if not line.startswith(message)), found
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -94,6 +95,10 @@ def test_duplicate_keys_are_all_found(tmp_path):
         ),
         "base.yaml:2: run: the key is given twice, first at base.yaml:1; keep one",
     ]
+    text = text.replace("seed: 0", "seed: zero, keep_last: .nan").replace("group_size: 4", "group_size: 1")
+    places = list(dict.fromkeys(line.split(": ")[1] for line in problems(write(tmp_path, text))))
+    assert places == ["run.keep_last", "run.name", "run.seed", "run", "stages.1.group_size"]
+    assert len(problems(write(tmp_path), overrides=("stages.7.steps=1", "run.seed=x", "rewards.0.weight=.nan"))) == 3
 
 
 def test_every_mistake_at_once(tmp_path):
@@ -173,7 +178,11 @@ def test_every_mistake_at_once(tmp_path):
         ),
         ("stages.1.curricula=[uniform, uniform]", "stages.1.curricula: curricula: 'uniform' must be the"),
         ("stages.1.learner.betas=[0.9, true]", "stages.1.learner.betas.1: expected a number, given true"),
-        ("stages.7.steps=1", "stages: there is no item 7: the list has 2, counted from 0"),
+        ("stages.7.steps=1", "stages: there is no item 7: items are numbered from 0 (0 warmup, 1 rl)"),
+        ("stages.rl.steps=1", "stages: there is no item rl: items are numbered from 0 (0 warmup, 1 rl)"),
+        ("stages.-1.steps=3", "stages: there is no item -1: items are numbered from 0 (0 warmup, 1 rl)"),
+        ("rewards.1.weight=3", "rewards: there is no item 1: items are numbered from 0 (0 exact_match)"),
+        ("rewards.0.weight=.nan", "rewards.0.weight: '.nan' is not a number"),
         ("stages.1.sampling.temperature=.inf", "stages.1.sampling.temperature: expected a finite number"),
         ("plugins=[not_there]", "plugins.0: there is no module 'not_there'"),
         ("plugins=[a.py/b]", "plugins.0: 'a.py/b' is not the name of a module"),
@@ -265,6 +274,7 @@ def test_differences_tell_what_a_run_may_continue_with(tmp_path):
     found = differences(old, load([path], sets).resolved())
     assert found and all(allowed for *_, allowed in found)
     assert ("stages.1.steps", 4, 9, True) in found and ("run.sinks.1.name", "jsonl", None, True) in found
+    assert differences(old, load([path], ["run.name=moved", "run.output=elsewhere"]).resolved()) == []
     sets = ["stages.1.group_size=5", "run.seed=1", "stages.1.algorithm.advantage=rloo", "rewards.0.weight=2"]
     found = differences(old, load([path], sets).resolved())
     assert not any(allowed for *_, allowed in found)
@@ -330,3 +340,32 @@ def test_whatever_is_typed_only_recipe_errors_are_raised(tmp_path, at, length, i
         load([tmp_path / "base.yaml"])
     except RecipeError as error:
         assert error.problems
+
+
+def test_evaluation_is_greedy_and_as_long_as_training_unless_it_says_otherwise(tmp_path):
+    path = write(tmp_path)
+
+    def sampling(*overrides):
+        found = load([path], overrides).evaluation.sampling
+        return found.temperature, found.max_tokens
+
+    assert sampling() == (0.0, 4)
+    assert sampling("evaluation.sampling.max_tokens=9") == (0.0, 9)
+    assert sampling("evaluation.sampling.temperature=0.7") == (0.7, 4)
+    supervised = "stages=[{stage: sft, steps: 1}]"
+    assert sampling(supervised, "evaluation.sampling.max_tokens=9") == (0.0, 9)
+    assert sampling(supervised, "model.build.max_positions=264")[0] == 0.0
+
+
+def test_a_model_is_looked_for_beside_the_recipe_then_in_the_working_directory(tmp_path, monkeypatch):
+    for name in ("lab", "elsewhere"):
+        (tmp_path / name).mkdir()
+    here, there = tmp_path / "elsewhere/tiny", tmp_path / "lab/tiny"
+    monkeypatch.chdir(here.parent)
+    recipe = load([write(there.parent)], ["model={build: null, path: tiny}"])
+    assert recipe.located_model() == recipe.model  # a hub id
+    here.mkdir()
+    assert recipe.located_model().path == str(here)
+    there.mkdir()
+    assert recipe.located_model().path == str(there)
+    assert recipe.resolved()["model"]["path"] == "tiny"

@@ -51,6 +51,11 @@ class {cls}:
             "model.build.max_positions: 11 is too short: data.max_prompt_tokens (8) + stages.1.sampling.max_tokens (4) "
             "need at least 12",
         ),
+        (
+            ["model.build.max_positions=63", "evaluation.sampling.max_tokens=56"],
+            "model.build.max_positions: 63 is too short: data.max_prompt_tokens (8) + evaluation.sampling.max_tokens "
+            "(56) need at least 64",
+        ),
         (["data.train=null"], "base.yaml:13: stages.1: a stage 'online' needs data.train"),
         (["data.demonstrations=null"], "base.yaml:12: stages.0: a stage 'sft' needs data.demonstrations"),
         (["rewards=[]"], "base.yaml:13: stages.1: a stage 'online' needs at least one entry in rewards"),
@@ -58,7 +63,7 @@ class {cls}:
         (["run.sinks=[jsonl, jsonl]"], "run.sinks.1: there is another sink 'jsonl'; keep one"),
         (
             ["stages.0.name=rl"],
-            "base.yaml:13: stages.1: there is another stage 'rl'; give each stage a 'name' of its own",
+            "base.yaml:14: stages.1.name: there is another stage 'rl'; give each stage a 'name' of its own",
         ),
         (
             ["stages.1.algorithm.minibatches=3"],
@@ -206,3 +211,19 @@ def test_secrets_are_refused_and_never_shown(tmp_path, override):
 
 def test_ordinary_names_are_no_secrets(tmp_path):
     assert problems(write(tmp_path), overrides=("run.name=sk-small", "run.output=tokens/secret_garden")) == []
+
+
+def test_what_concerns_other_values_is_told_beside_mistakes_nearby(tmp_path):
+    overrides = ("model.path=x", "model.dtype=int3", "run.seed=x", "stages.0.batch_size=x", "stages.0.name=rl")
+    found = problems(write(tmp_path), overrides=(*overrides, "data.demonstrations=null", "data.train.split=x"))
+    places = [text.split(": ")[1] for text in found]
+    expected = [
+        "model",
+        "stages.0",
+        "stages.1.name",
+        "data.train.split",
+        "model.dtype",
+        "run.seed",
+        "stages.0.batch_size",
+    ]
+    assert sorted(places) == sorted(expected), found

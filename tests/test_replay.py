@@ -171,3 +171,13 @@ def test_replay_needs_no_model(recorded_run, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "__call__", refuse)
     assert replay(folder, 7).identical
+
+
+def test_a_run_is_found_by_its_name(recorded_run):
+    folder, _ = recorded_run()
+    assert replay("small", 7, output=folder.parent).identical
+    with pytest.raises(UserError, match="there is no run smal; runs in .*: small"):
+        replay("smal", 7, output=folder.parent)
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="give RUN alone and --step"):
+        replay("small@best", 7, output=folder.parent)

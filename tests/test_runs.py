@@ -61,10 +61,10 @@ def test_a_link_out_of_the_output_folder_is_refused(tmp_path):
 def test_opening_again_finds_what_is_there_and_fresh_puts_it_aside(tmp_path):
     for text in ("first", "second"):
         with open_run(tmp_path, "quick", fresh=True) as run:
-            assert not run.metrics.exists()
-            run.metrics.write_text(text)
+            assert not (run.folder / "metrics.jsonl").exists()
+            (run.folder / "metrics.jsonl").write_text(text)
     with open_run(tmp_path, "quick") as run:
-        assert run.metrics.read_text() == "second"
+        assert (run.folder / "metrics.jsonl").read_text() == "second"
     assert (tmp_path / "quick.1/metrics.jsonl").read_text() == "first"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["quick", "quick.1"]
 
@@ -193,13 +193,22 @@ def test_the_recipe_reads_back_as_it_was_by_both_readers(tmp_path):
     run.write_recipe(resolved, tmp_path)
     assert run.read_recipe() == resolved
     assert list(run.read_recipe()) == list(resolved)
-    back = plain(read_file(run.recipe))
+    back = plain(read_file(run.recipe, []))
     assert json.dumps(back) == json.dumps(resolved)
 
 
 def test_a_folder_without_a_recipe_is_no_run(tmp_path):
     with pytest.raises(UserError, match=r"has no recipe\.yaml"):
         Run(tmp_path).read_recipe()
+
+
+def test_a_run_whose_files_were_lost_or_changed_is_the_users_error(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(UserError, match=r"has no \.recipe_folder.*copy hidden files too"):
+        print(run.beside)
+    run.recipe.write_text("run: [")
+    with pytest.raises(UserError, match="was changed and is no YAML any more"):
+        run.read_recipe()
 
 
 def test_the_result_is_strict_json(tmp_path):

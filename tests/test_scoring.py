@@ -338,7 +338,7 @@ def test_environment_scores_count_by_declared_weight() -> None:
     with Scorer(specs) as it:
         (scored,) = it.score([Group(0, bare.prompt, rollouts)])
     assert [r.reward for r in scored.rollouts] == [1.25, 0.25]
-    assert list(scored.rollouts[0].scores) == ["exact_match", "tool", "gone", "extra"]
+    assert list(scored.rollouts[0].scores) == ["exact_match", "tool", "gone"]  # "extra" is not listed
     assert scored.rollouts[0].scores["gone"].status == "skipped"
     with Scorer(specs[1:]) as it:  # no function, no process
         assert it.score([Group(0, bare.prompt, rollouts)])[0].rollouts[0].reward == 0.25

@@ -4,6 +4,7 @@ import builtins
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,3 +143,16 @@ def test_wandb_itself_accepts_all_of_this_offline(tmp_path):
     assert b"train/reward" in content
     assert (tmp_path / "wandb_id").read_text() in written.name
     assert b"hunter2" not in content
+
+
+def test_wandb_without_a_login_says_how_to_log_in(tmp_path, monkeypatch):
+    fake: Any = FakeWandb()
+    fake.UsageError = type("UsageError", (Exception,), {})
+
+    def init(**_):
+        raise fake.UsageError("api_key not configured (no-tty)")
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match="api_key not configured.*`wandb login`.*WANDB_MODE=offline"):
+        WandbSink("lab").start(run_of(tmp_path))

@@ -34,7 +34,7 @@ KINDS = {
 def test_everything_is_registered_and_described(kind):
     registry = REGISTRIES[kind]
     assert KINDS[kind] <= set(registry.names())
-    for entry in registry:
+    for entry in [e for e in registry if e.cls.__module__.startswith("alignment.")]:  # other tests register their own
         assert entry.summary
         assert entry.source
         assert all(option["description"] for option in entry.options())

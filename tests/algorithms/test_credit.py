@@ -38,7 +38,7 @@ def test_an_unscored_row_is_never_reward_zero(make_batch):
 
 
 def test_every_advantage_survives_unscored_rows(make_batch):
-    for entry in advantages:
+    for entry in [e for e in advantages if e.cls.__module__.startswith("alignment.")]:  # other tests register their own
         batch = make_batch([[1.0], [0.0], [NAN], [NAN]], [2, 3, 1, 2], [0, 0, 0, 1], scored=[True, True, False, False])
         adv_BT = credit(batch, Algorithm(advantage=entry.cls()), {}).adv_BT
         assert adv_BT is not None and adv_BT.isfinite().all()
