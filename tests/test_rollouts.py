@@ -37,7 +37,7 @@ class Letters:
 
 @dataclass
 class Scripted:
-    """Answers with ``says(request)``; the last request is answered first. A text without "." is cut off by its length."""
+    """Answers with ``says(request)``, the last request first. A text without "." is cut off by its length."""
 
     says: Any
     name: str = "scripted"
@@ -54,7 +54,10 @@ class Scripted:
         self.version += 1
 
 
-def player(says, environment=SingleTurn(), limit=20) -> Player:
+ALONE = SingleTurn()
+
+
+def player(says, environment=ALONE, limit=20) -> Player:
     return Player(Scripted(says), Letters(), environment, limit)  # pyright: ignore
 
 

@@ -51,11 +51,14 @@ def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Bat
     )
     reward_B, adv_BT, returns_BT = _judge(judged, algorithm, states)
     adv_BT = torch.where(imitated_B[:, None], 1.0, adv_BT)
+    trained_B = imitated_B | ~reward_B.isnan()
     credited = replace(
         batch,
+        loss_mask_BT=batch.loss_mask_BT & trained_B[:, None],
+        scored_B=batch.scored_B & trained_B,
         token_reward_BT=judged.token_reward_BT,
         reward_B=reward_B,
-        adv_BT=torch.where(batch.loss_mask_BT, adv_BT, 0.0),
+        adv_BT=torch.where(batch.loss_mask_BT & trained_B[:, None], adv_BT, 0.0),
         returns_BT=returns_BT,
     )
     row_weight_B = algorithm.mixer.coefficients(states.get("mixer"), credited)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from alignment.errors import UserError
 from alignment.registry import Registry, option
 from alignment.types import Signals
 
@@ -72,6 +73,10 @@ class _Steered:
     ] = None
     horizon: Annotated[float, option("rows over which the steered coefficient adapts", unit="rows", gt=0)] = 10_000.0
 
+    def __post_init__(self) -> None:
+        if self.target is not None and self.coefficient == 0:
+            raise UserError("a coefficient of 0 stays 0: give a target a coefficient above 0 to start from")
+
     @property
     def needs(self) -> tuple[str, ...]:
         return ("reference", "old_logp") if self.apply_to == "reward" else ("reference",)
@@ -87,7 +92,9 @@ class _Steered:
         if self.target is None or kl is None:  # none: no sampled token was trained on
             return state
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return {"coefficient": state["coefficient"] * (1 + error * len(signals.batch) / self.horizon)}
+        # A batch of more rows than the horizon must not make the coefficient negative, which would reward divergence.
+        factor = max(0.5, 1 + error * len(signals.batch) / self.horizon)
+        return {"coefficient": state["coefficient"] * factor}
 
 
 _SCHULMAN = "Approximating KL Divergence (Schulman 2020)"

@@ -175,3 +175,12 @@ def test_the_mixer_weighs_rows(make_batch):
     again = credit(replace(batch, weight_BT=torch.full((2, 2), 3.0)), algorithm, states).weight_BT
     assert again is not None
     close(again, [[3.0, 3.0], [1.5, 1.5]])
+
+
+def test_a_row_that_gets_no_reward_is_not_trained_on(make_batch):
+    """The scorer found it scored, but no weighted component applies."""
+    batch = make_batch([[1], [NAN], [0]], [2] * 3, [0] * 3)
+    batch = replace(batch, scored_B=torch.ones(3, dtype=torch.bool))
+    credited = credit(batch, DR, {})
+    assert credited.scored_B.tolist() == [True, False, True]
+    assert credited.loss_mask_BT.any(1).tolist() == [True, False, True]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from alignment.algorithms.kl_penalties import K1, K2, K3, K3StraightThrough, kl_penalties
+from alignment.errors import UserError
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REF = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
@@ -83,6 +84,13 @@ def test_steering_finds_the_coefficient_that_holds_the_target():
     for _ in range(2000):
         state = observed(penalty, state, 1 / (1 + 10 * penalty.coefficient_now(state)))
     assert penalty.coefficient_now(state) == pytest.approx(0.3, abs=1e-3)
+
+
+def test_a_steered_coefficient_stays_positive_whatever_the_batch():
+    penalty = K2(coefficient=0.1, target=0.25, horizon=1.0)
+    assert penalty.coefficient_now(observed(penalty, penalty.init(), 0.0)) > 0
+    with pytest.raises(UserError, match="stays 0"):
+        K2(coefficient=0.0, target=0.25)
 
 
 def test_a_fixed_coefficient_has_no_state():

@@ -151,7 +151,12 @@ def test_a_reference_is_not_made_up_after_training() -> None:
 
 
 def test_under_lora_the_reference_is_the_base_and_only_the_adapter_moves() -> None:
-    batch, learner = make_batch(), learner_of(lora(), reference=True)
+    fresh = lora()
+    with torch.no_grad():
+        for name, p in fresh.named_parameters():
+            if "lora_B" in name:
+                p.zero_()
+    batch, learner = make_batch(), learner_of(fresh, reference=True)
     base = learner_of(tiny()).annotate(batch, {"old_logp"}).old_logp_BT
     before = weights(learner)
     assert learner.reference is None
@@ -162,6 +167,22 @@ def test_under_lora_the_reference_is_the_base_and_only_the_adapter_moves() -> No
         assert got.old_logp_BT is not None and (got.old_logp_BT - base).abs().max() > 1e-2
     moved = {n for n, w in weights(learner).items() if not torch.equal(w, before[n])}
     assert moved == {n for n in before if "lora_" in n}
+
+
+def test_an_adapter_that_was_trained_before_is_part_of_the_reference() -> None:
+    batch, learner = make_batch(), learner_of(lora(), reference=True)
+    start = learner.annotate(batch, {"old_logp"}).old_logp_BT
+    learner.update(batch, Reinforce())
+    got = learner.annotate(batch, {"reference", "old_logp"})
+    assert start is not None and got.ref_logp_BT is not None and torch.equal(got.ref_logp_BT, start)
+    assert not torch.equal(got.ref_logp_BT, got.old_logp_BT)  # pyright: ignore[reportArgumentType]
+
+
+def test_dropout_asks_for_the_policys_own_log_probabilities() -> None:
+    module = tiny()
+    assert learner_of(module).needs == frozenset()
+    module.config.attention_dropout = 0.1
+    assert learner_of(module).needs == {"old_logp"}
 
 
 def test_the_recipe_names_it() -> None:
