@@ -1,7 +1,10 @@
 """Tests that need a GPU are skipped without one, and said so at the end: a skipped test proves nothing."""
 
 import pytest
-import torch
+
+import alignment  # noqa: F401 - before torch: it says how threads wait
+
+import torch  # isort: skip
 
 _SKIPPED = pytest.StashKey[int]()
 
