@@ -106,7 +106,7 @@ def _data(recipe: Recipe) -> tuple[dict[str, Sequence[Prompt]], list[Problem]]:
         if source is None:
             continue
         try:
-            data[name] = source.load(recipe.folder)
+            data[name] = source.load(recipe.folder).prompts
             messages = list(islice(_unsuited(recipe, data[name]), SHOWN_FAULTS))
         except UserError as error:
             messages = [str(error)]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, to_json
 
+from alignment import dataset_source, procedural  # noqa: F401 - they register sources
 from alignment.registry import component
 from alignment.reward_registry import RewardFunction, RewardSpec, reward_functions
 from alignment.sources import Source, sources

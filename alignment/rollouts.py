@@ -200,9 +200,11 @@ def demonstration(prompt: Prompt, tokenizer: Tokenizer, eos_id: int, environment
     )
 
 
-def demonstrations_by_prompt(rollouts: Sequence[Rollout]) -> Mapping[str, list[Rollout]]:
-    """Demonstrations keyed by the prompt that they answer."""
+def demonstrations_by_prompt(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, eos_id: int, environment: Environment
+) -> Mapping[str, list[Rollout]]:
+    """Demonstrations by the :attr:`~alignment.types.Prompt.key` of the prompt that they answer."""
     found: dict[str, list[Rollout]] = {}
-    for rollout in rollouts:
-        found.setdefault(rollout.prompt_id, []).append(rollout)
+    for prompt in prompts:
+        found.setdefault(prompt.key, []).append(demonstration(prompt, tokenizer, eos_id, environment))
     return found

@@ -14,3 +14,5 @@ class Score:
     value: float | None
     status: Status = "ok"
     detail: str = ""
+    answer: str | None = None
+    """What was read as the completion's answer, in canonical form: equal answers are equal texts. None: no answer."""

@@ -17,7 +17,7 @@ from alignment.models import Model, load_model, stop_ids
 from alignment.offline import train_supervised
 from alignment.online import train_online
 from alignment.recipe import OnlineStage, Recipe, differences, load
-from alignment.rollouts import demonstration, demonstrations_by_prompt, open_episode
+from alignment.rollouts import demonstrations_by_prompt, open_episode
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
@@ -147,12 +147,11 @@ def _data(recipe: Recipe, model: Model) -> tuple[list[Prompt], list[Prompt], Map
     """Prompts to train on, held-out prompts, and demonstrations by prompt."""
     data, environment = recipe.data, recipe.evaluation_environment
     train, held_out, shown = (
-        source.load(recipe.folder) if source is not None else []
+        list(source.load(recipe.folder).prompts) if source is not None else []
         for source in (data.train, data.eval, data.demonstrations)
     )
     eos_id = stop_ids(model.tokenizer, model.module)[0]
-    written = [demonstration(prompt, model.tokenizer, eos_id, environment) for prompt in shown]
-    return train, held_out, demonstrations_by_prompt(written)
+    return train, held_out, demonstrations_by_prompt(shown, model.tokenizer, eos_id, environment)
 
 
 def _description(recipe: Recipe, run: Run, saved: Saved | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ token ``t`` given tokens ``< t``. Position 0 is never trained on. Log-probabilit
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, Self, runtime_checkable
@@ -35,12 +36,24 @@ def keyed_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def prompt_key(prompt: Any) -> str:
+    """16 hexadecimal digits that depend on ``prompt``, text or chat messages, alone."""
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of a data set: ``row["prompt"]`` is text or chat messages, the other columns are for rewards."""
 
     id: str
     row: Mapping[str, Any]
+    origin: str = ""
+    """Where the row stands, such as ``train.jsonl:17``, for messages about it."""
+
+    @property
+    def key(self) -> str:
+        """Depends on the prompt's content alone: what demonstrations and preferences of the same prompt have too."""
+        return prompt_key(self.row["prompt"])
 
 
 @dataclass(frozen=True, slots=True)

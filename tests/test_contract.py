@@ -203,7 +203,7 @@ class HardGate:
         self, state: Any, groups: Sequence[Group], demonstrations: Mapping[str, Sequence[Rollout]], context: Context
     ) -> Mapping[str, list[Group]]:
         def choose(group: Group) -> Group:
-            shown = demonstrations.get(group.prompt.id, ())
+            shown = demonstrations.get(group.prompt.key, ())
             solved = sum(bool(r.correct) for r in group.rollouts)
             return group if solved > self.gate or not shown else Group(group.uid, group.prompt, tuple(shown[:1]))
 

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from alignment.dataset_source import Jsonl
 from alignment.errors import UserError
-from alignment.sources import Arithmetic, Jsonl, Source, describe, sources
+from alignment.procedural import Arithmetic
+from alignment.sources import Source, describe, sources
 from alignment.tasks.arithmetic import Problem, problems
 
 HERE = Path()
@@ -43,7 +45,7 @@ def test_splits_are_disjoint_whatever_the_seeds_and_ranges(seed_a, seed_b, seed_
 
 
 def test_splits_together_are_all_problems_and_each_is_large_enough():
-    loaded = {split: Arithmetic(split, max_operand=49).load(HERE) for split in SPLITS}
+    loaded = {split: Arithmetic(split, max_operand=49).load(HERE).prompts for split in SPLITS}
     assert sum(map(len, loaded.values())) == 50 * 50
     assert len({p.id for rows in loaded.values() for p in rows}) == 50 * 50
     assert len(loaded["demonstrations"]) >= 400 and len(loaded["eval"]) >= 400 and len(loaded["train"]) >= 1200
@@ -55,20 +57,20 @@ def test_a_sum_and_its_mirror_image_share_a_split_and_a_difference_need_not():
 
 
 def test_the_seed_chooses_and_orders_and_nothing_else_does():
-    first, again, other = (Arithmetic("train", size=100, seed=s).load(HERE) for s in (0, 0, 1))
+    first, again, other = (Arithmetic("train", size=100, seed=s).load(HERE).prompts for s in (0, 0, 1))
     assert first == again
     assert {p.id for p in first} != {p.id for p in other}
-    assert Arithmetic("train", size=40).load(HERE) == first[:40]
+    assert Arithmetic("train", size=40).load(HERE).prompts == first[:40]
 
 
 def test_this_split_is_the_same_on_every_machine():
-    rows = Arithmetic("eval", size=3).load(HERE)
+    rows = Arithmetic("eval", size=3).load(HERE).prompts
     assert [p.row["prompt"] for p in rows] == ["29+20=", "13+17=", "19+32="]
 
 
 def test_asking_for_more_problems_than_there_are_says_how_many_there_are():
-    there = len(Arithmetic("eval", max_operand=9).load(HERE))
-    assert len(Arithmetic("eval", max_operand=9, size=there).load(HERE)) == there
+    there = len(Arithmetic("eval", max_operand=9).load(HERE).prompts)
+    assert len(Arithmetic("eval", max_operand=9, size=there).load(HERE).prompts) == there
     with pytest.raises(UserError, match=rf"has {there} different problems.*fewer than the {there + 1}"):
         Arithmetic("eval", max_operand=9, size=there + 1).load(HERE)
 
@@ -81,7 +83,7 @@ def test_bad_options_are_refused(options):
 
 def test_describe_gives_counts_and_the_floor_of_a_constant_answer(tmp_path):
     rows = ['{"prompt":"a","answer":"1"}', '{"prompt":"a","answer":1}', '{"prompt":"b","answer":"2"}', '{"prompt":"c"}']
-    assert describe(Jsonl(str(write(tmp_path, "\n".join(rows)))).load(HERE)) == {
+    assert describe(Jsonl(str(write(tmp_path, "\n".join(rows)))).load(HERE).prompts) == {
         "prompts": 4,
         "distinct": 3,
         "floor": 2 / 3,
@@ -91,7 +93,7 @@ def test_describe_gives_counts_and_the_floor_of_a_constant_answer(tmp_path):
 
 def test_jsonl_reads_relative_to_the_recipe_and_renames_columns(tmp_path):
     write(tmp_path, '\ufeff{"question":"1+1=","gold":2,"level":3}\r\n\n{"question":"2+2=","gold":4,"level":1}\n')
-    prompts = Jsonl("rows.jsonl", {"prompt": "question", "answer": "gold"}).load(tmp_path)
+    prompts = Jsonl("rows.jsonl", {"prompt": "question", "answer": "gold"}).load(tmp_path).prompts
     assert [p.row for p in prompts] == [
         {"prompt": "1+1=", "answer": 2, "level": 3},
         {"prompt": "2+2=", "answer": 4, "level": 1},
@@ -101,15 +103,15 @@ def test_jsonl_reads_relative_to_the_recipe_and_renames_columns(tmp_path):
 def test_jsonl_takes_messages_and_text_with_unusual_line_separators(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "hi"}]}, {"prompt": "one\u2028two\x85three"}]
     write(tmp_path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert [p.row for p in Jsonl("rows.jsonl").load(tmp_path)] == rows
+    assert [p.row for p in Jsonl("rows.jsonl").load(tmp_path).prompts] == rows
 
 
 def test_ids_hang_on_content_so_that_adding_a_row_renames_none(tmp_path):
     write(tmp_path, '{"prompt":"a","x":1}\n{"prompt":"b"}\n{"x":1,"prompt":"a"}\n')
-    before = [p.id for p in Jsonl("rows.jsonl").load(tmp_path)]
+    before = [p.id for p in Jsonl("rows.jsonl").load(tmp_path).prompts]
     assert len(set(before)) == 3 and before[2] == f"{before[0]}-1"
     write(tmp_path, '{"prompt":"new"}\n{"prompt":"a","x":1}\n{"prompt":"b"}\n{"x":1,"prompt":"a"}\n')
-    assert [p.id for p in Jsonl("rows.jsonl").load(tmp_path)][1:] == before
+    assert [p.id for p in Jsonl("rows.jsonl").load(tmp_path).prompts][1:] == before
 
 
 def test_every_bad_row_is_named_at_once(tmp_path):

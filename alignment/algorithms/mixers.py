@@ -21,7 +21,7 @@ class Mixer(Protocol):
         demonstrations: Mapping[str, Sequence[Rollout]],
         context: Context,
     ) -> Mapping[str, list[Group]]:
-        """Groups by slot, ``rl`` being the main one; ``demonstrations`` are by prompt id."""
+        """Groups by slot, ``rl`` being the main one; ``demonstrations`` are by :attr:`Prompt.key`."""
         ...
 
     def coefficients(self, state: Any, batch: Batch) -> Tensor | None:
