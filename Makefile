@@ -2,6 +2,8 @@
 # make test         set up and run the test suite; make test-full runs the slow tests too
 # make setup        prepare .venv with everything that the tests need
 # make lint, types  check style and types
+# make bench        set up and run the benchmarks (QUICK=1 to see that they work, ONLY="controller logprobs", THREADS=1,
+#                   OUT=results.json)
 #
 # Settings: PYTHON (an interpreter >= 3.11) and TORCH_INDEX (a package index to take torch from, such as PyTorch's own
 # CPU index).
@@ -16,7 +18,7 @@ endif
 TORCH := torch==2.13.0
 SETTINGS := $(if $(SEED),--set run.seed=$(SEED) --set run.name=quickstart-seed-$(SEED))
 
-.PHONY: quickstart setup test test-full lint types clean
+.PHONY: quickstart setup test test-full lint types bench clean
 
 quickstart: $(VENV)/.light
 	$(BIN)/align train recipes/quickstart.yaml $(SETTINGS)
@@ -35,6 +37,10 @@ lint: setup
 
 types: setup
 	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(THREADS),--threads $(THREADS)) $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,9 +4,11 @@ A batch is split twice: into mini-batches (an optimizer step each, whole groups,
 micro-batches (a forward and backward pass each, by a budget of padded tokens). Only the first changes the result.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,27 +40,27 @@ def collate(
     assert len(objectives) == len(weights), f"{objectives} need as many weights, not {weights}"
     rollouts = [r for g in groups for r in g.rollouts]
     assert rollouts, f"a batch needs at least one rollout; the {len(groups)} groups given hold none"
-    prompt_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
-    length_B = prompt_B + torch.tensor([len(r.token_ids) for r in rollouts])
+    prompt_B, length_B = _lengths(rollouts)
     position_T = torch.arange(int(length_B.max()))
     present_BT = position_T < length_B[:, None]
     after_prompt_BT = present_BT & (position_T >= prompt_B[:, None])
-    loss_mask_BT = _fill(after_prompt_BT, False, torch.bool, [r.loss_mask for r in rollouts])
-    trained_B = torch.tensor([r.scored or r.source == "demonstration" for r in rollouts])
+    loss_mask_BT = _fill(after_prompt_BT, False, np.bool_, [r.loss_mask for r in rollouts])
+    scored_B = _column([r.scored for r in rollouts], np.bool_)
+    trained_B = scored_B | _column([r.source == "demonstration" for r in rollouts], np.bool_)
     return Batch(
-        ids_BT=_fill(present_BT, pad_id, torch.int64, [s for r in rollouts for s in (r.prompt_ids, r.token_ids)]),
+        ids_BT=_fill(present_BT, pad_id, np.int64, [s for r in rollouts for s in (r.prompt_ids, r.token_ids)]),
         loss_mask_BT=loss_mask_BT & trained_B[:, None] & (position_T > 0),
         length_B=length_B,
-        group_B=torch.tensor([i for i, g in enumerate(groups) for _ in g.rollouts]),
-        source_B=torch.tensor([SOURCES.index(r.source) for r in rollouts], dtype=torch.int8),
-        ratio_base_B=torch.tensor([RATIO_BASES.index(r.ratio_base) for r in rollouts], dtype=torch.int8),
-        temperature_B=torch.tensor([r.sampling.temperature for r in rollouts], dtype=torch.float32),
-        behaviour_logp_BT=_fill(after_prompt_BT, 0.0, torch.float32, [r.behaviour_logp for r in rollouts]),
-        rewards_BK=torch.tensor([_values(r, objectives) for r in rollouts], dtype=torch.float32),
+        group_B=_column([i for i, g in enumerate(groups) for _ in g.rollouts], np.int64),
+        source_B=_column([SOURCES.index(r.source) for r in rollouts], np.int8),
+        ratio_base_B=_column([RATIO_BASES.index(r.ratio_base) for r in rollouts], np.int8),
+        temperature_B=_column([r.sampling.temperature for r in rollouts], np.float32),
+        behaviour_logp_BT=_fill(after_prompt_BT, 0.0, np.float32, [r.behaviour_logp for r in rollouts]),
+        rewards_BK=_rewards(rollouts, objectives),
         weights_K=torch.tensor(list(weights), dtype=torch.float32),
-        scored_B=torch.tensor([r.scored for r in rollouts]),
-        truncated_B=torch.tensor([r.finish_reason == "length" for r in rollouts]),
-        key_B=torch.tensor([keyed_seed(r.id) for r in rollouts]),
+        scored_B=scored_B,
+        truncated_B=_column([r.finish_reason == "length" for r in rollouts], np.bool_),
+        key_B=_column([keyed_seed(r.id) for r in rollouts], np.int64),
         objectives=tuple(objectives),
         step=step,
         seed=seed,
@@ -151,13 +153,27 @@ def _without_gaps(piece_G: Tensor, n: int) -> Tensor:
     return torch.tensor(pieces)
 
 
-def _values(rollout: Rollout, objectives: Sequence[str]) -> list[float]:
-    scores = (rollout.scores.get(name) for name in objectives)
-    return [float("nan") if s is None or s.value is None else s.value for s in scores]
+def _column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+    """One number per rollout. numpy reads Python numbers several times faster than torch does."""
+    return torch.from_numpy(np.array(values, dtype=dtype))
 
 
-def _fill(where_BT: Tensor, otherwise: float, dtype: torch.dtype, pieces: Sequence[Sequence[float]]) -> Tensor:
+def _lengths(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """Tokens of each prompt, and of each whole row."""
+    prompt_B = _column([len(r.prompt_ids) for r in rollouts], np.int64)
+    return prompt_B, prompt_B + _column([len(r.token_ids) for r in rollouts], np.int64)
+
+
+def _rewards(rollouts: Sequence[Rollout], objectives: Sequence[str]) -> Tensor:
+    """``[B, K]``: the value of each component, NaN where it has none."""
+    scores = [r.scores.get(name) for r in rollouts for name in objectives]
+    values = _column([math.nan if s is None or s.value is None else s.value for s in scores], np.float32)
+    return values.view(len(rollouts), len(objectives))
+
+
+def _fill(where_BT: Tensor, otherwise: float, dtype: type[np.generic], pieces: Sequence[Sequence[float]]) -> Tensor:
     """``otherwise`` everywhere but at ``where_BT``, which takes the numbers of ``pieces`` in row order."""
-    filled_BT = torch.full(where_BT.shape, otherwise, dtype=dtype)
-    filled_BT[where_BT] = torch.tensor(list(chain.from_iterable(pieces)), dtype=dtype)
-    return filled_BT
+    count = sum(map(len, pieces))
+    assert count == int(where_BT.sum()), f"{count} numbers for {int(where_BT.sum())} places"
+    numbers = torch.from_numpy(np.fromiter(chain.from_iterable(pieces), dtype=dtype, count=count))
+    return torch.full(where_BT.shape, otherwise, dtype=numbers.dtype).masked_scatter_(where_BT, numbers)

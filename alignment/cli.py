@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -170,6 +171,48 @@ def replay(
     from alignment.replay import replay as replay_step
 
     replay_step(run, step, overrides or [], Console())
+
+
+Text = str | None
+Number = int | None
+Several = list[str] | None
+
+
+@command("align eval runs/quickstart@best --tasks arithmetic,gcd --max-tokens 32")
+def eval_(
+    checkpoint: Annotated[Text, typer.Argument(help="A model folder, a hub id, or RUN, RUN@STEP or RUN@best.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="NAME,NAME", help="Benchmarks and procedural tasks.")] = "",
+    data: Annotated[Several, typer.Option(metavar="NAME=FILE", help="Its rows are in this file; repeatable.")] = None,
+    samples: Annotated[Number, typer.Option(min=1, help="Completions of each problem.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
+    max_tokens: Annotated[Number, typer.Option(min=1, help="Longest completion.")] = None,
+    max_prompt_tokens: Annotated[Number, typer.Option(min=1, help="Leave longer prompts out.")] = None,
+    limit: Annotated[Number, typer.Option(min=1, help="At most so many problems of each.")] = None,
+    chat: Annotated[str, typer.Option(metavar="auto|yes|no", help="Put prompts through the chat template.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of all samples.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: evaluations/CHECKPOINT.")] = None,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Completions sampled together.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that score.")] = 1,
+    dtype: Annotated[Text, typer.Option(metavar="float32|bfloat16", help="Of the weights.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two --output folders.")
+    ] = None,
+    as_json: AsJson = False,
+    plugins: Annotated[Several, typer.Option("--plugin", help="Also import this module, for its benchmarks.")] = None,
+) -> None:
+    """Measure a checkpoint on benchmarks, or go on where its evaluation stopped; or compare two evaluations.
+
+    Benchmarks: align list benchmarks. Procedural tasks: align list tasks. Ctrl-C keeps every finished problem.
+    """
+    from alignment.evaluation import command as evaluation
+
+    if compare is not None:
+        evaluation.compare(compare, as_json, given=checkpoint)
+        return
+    selection = evaluation.selection(chat, limit, max_prompt_tokens)
+    options = evaluation.options(checkpoint, tasks, data or [], samples, temperature, max_tokens, selection, dtype)
+    options = replace(options, seed=seed, output=output, batch_rows=batch_rows, workers=workers, plugins=plugins or [])
+    raise typer.Exit(evaluation.evaluate(options, as_json))
 
 
 def main() -> None:

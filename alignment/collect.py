@@ -63,7 +63,8 @@ class Collector:
         budget = self.prompts_per_step * (1 + refill_bound(self.curricula))
         while (missing := self.prompts_per_step - len(accepted)) and len(sampled) < budget:
             count = min(missing, budget - len(sampled))
-            chosen, states = select_prompts(self.curricula, states, self.prompts, count, context)
+            with self.phases("choose"):
+                chosen, states = select_prompts(self.curricula, states, self.prompts, count, context)
             for group in self._sample(chosen, state.launched + len(sampled), state.step):
                 sampled.append(group)
                 by = keeps(self.curricula, states, group)

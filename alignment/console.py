@@ -87,7 +87,7 @@ class PlainSink:
     def start(self, run: Mapping[str, Any]) -> None:
         self.progress = _Progress(run, self.clock)
         self._next = self.clock()
-        _show_warnings(self.console, self._stack)
+        show_warnings(self.console, self._stack)
         self._say(f"{run['name']}: {_stage_list(run)} in {run['folder']}{_resumed(run)}")
 
     def log(self, record: Record) -> None:
@@ -133,7 +133,7 @@ class LiveSink:
         self.progress = _Progress(run, self.clock)
         live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
         self._stack.enter_context(live)  # leaving it shows the cursor again and gives the streams back
-        _show_warnings(self.console, self._stack)
+        show_warnings(self.console, self._stack)
 
     def log(self, record: Record) -> None:
         assert self.progress is not None, "log before start"
@@ -295,7 +295,7 @@ class _WarningHandler(logging.Handler):
         self.console.print(text, soft_wrap=True)
 
 
-def _show_warnings(console: Console, stack: ExitStack) -> None:
+def show_warnings(console: Console, stack: ExitStack) -> None:
     """Until ``stack`` is closed, logged warnings and those of the ``warnings`` module go to ``console``."""
     handler = _WarningHandler(console)
     logging.getLogger().addHandler(handler)

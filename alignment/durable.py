@@ -38,17 +38,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file such that, whatever happens, ``path`` holds either all of the new content or all of the old."""
+def replace_file(path: Path, data: bytes, *, synced: bool = True) -> None:
+    """Writes a file such that, whatever happens, ``path`` holds either all of the new content or all of the old.
+
+    Without ``synced`` that is promised for as long as the machine runs, and nobody waits for the disk.
+    """
     staged = path.with_name(f".tmp-{path.name}-{uuid4().hex}")
     try:
         staged.write_bytes(data)
-        sync(staged)
+        if synced:
+            sync(staged)
         os.replace(staged, path)
     except OSError:
         staged.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if synced:
+        sync(path.parent)
 
 
 def render(body: Mapping[str, Any]) -> bytes:

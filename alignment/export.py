@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 from uuid import uuid4
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -41,18 +42,14 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
     """
     found, which = resolve(run, output)
     source = Run(found)
-    recipe = source.read_recipe()
-    try:
-        config = ModelConfig.model_validate(recipe["model"]).located(source.beside)
-    except (ValidationError, KeyError) as error:
-        raise UserError(f"{source.recipe}: its model is not what this program writes: {error}") from error
+    config, seed = _model_of(source)
     form = _form(form, config)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not an empty folder; choose another one, nothing is overwritten")
     saved = Checkpoints(source.checkpoints).load(which, log.warning)
 
-    model = load_model(config, keyed_seed(recipe["run"]["seed"], "model"))
+    model = load_model(config, seed)
     _copy_policy(saved.folder, model.module)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".tmp-{target.name}-{uuid4().hex}")
@@ -62,6 +59,28 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def load_run(run: str, output: str | Path = "runs", dtype: Literal["float32", "bfloat16"] | None = None) -> Model:
+    """The model of ``RUN[@step|@best]`` with the policy of that checkpoint, which is verified first.
+
+    Args:
+        run: ``RUN[@step|@best]``.
+        output: Where names of runs are looked up.
+        dtype: Of the parameters, in place of the run's own.
+
+    Raises:
+        UserError: There is no such run or step, or its base model cannot be loaded.
+        CheckpointDamaged: The checkpoint is not what was written.
+    """
+    found, which = resolve(run, output)
+    config, seed = _model_of(Run(found))
+    saved = Checkpoints(Run(found).checkpoints).load(which, log.warning)
+    model = load_model(config, seed)
+    _copy_policy(saved.folder, model.module)
+    if dtype is not None:
+        model.module.to(getattr(torch, dtype))
+    return model
 
 
 def policy_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -79,6 +98,16 @@ def load_policy(model: Model, run: str, output: str | Path = "runs") -> None:
     """
     source, which = resolve(run, output)
     _copy_policy(Checkpoints(Run(source).checkpoints).load(which, log.warning).folder, model.module)
+
+
+def _model_of(run: Run) -> tuple[ModelConfig, int]:
+    """The model of a run's recipe, and the seed that its fresh weights were drawn with."""
+    recipe = run.read_recipe()
+    try:
+        config = ModelConfig.model_validate(recipe["model"]).located(run.beside)
+        return config, keyed_seed(recipe["run"]["seed"], "model")
+    except (ValidationError, KeyError) as error:
+        raise UserError(f"{run.recipe}: its model is not what this program writes: {error}") from error
 
 
 def _copy_policy(checkpoint: Path, module: nn.Module) -> None:

@@ -159,7 +159,7 @@ class FlightRecorder:
         data = save({name: t.contiguous().clone() for name, t in tensors.items()}, {"flight": json.dumps(meta)})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = _path(self.folder, step)
-        replace_file(path, data)
+        replace_file(path, data, synced=False)  # every step; what a power cut damages, loading it says
         known = recorded_steps(self.folder)
         for other in set(known) - set([s for s in known if s <= step][-self.keep :]):
             _path(self.folder, other).unlink()

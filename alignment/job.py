@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from alignment.batching import collate
 from alignment.checkpoint import Checkpoints, Saved, save_state
+from alignment.data import LoadedData
 from alignment.durable import digest
 from alignment.engines.torch_learner import TorchLearner
 from alignment.engines.transformers_sampler import TransformersSampler
 from alignment.environments import Environment
-from alignment.evaluate import Evaluation, evaluate
+from alignment.errors import UserError
+from alignment.evaluation.evaluate import Evaluation, evaluate
 from alignment.flight import FlightRecorder, Watched
 from alignment.metrics import Phases, Record, Sink
 from alignment.models import Model, decode, stop_ids
@@ -23,7 +25,7 @@ from alignment.rollouts import Player
 from alignment.runs import Run
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop
-from alignment.types import Batch, Group, Prompt, Rollout, SamplingParams, TrainState, keyed_seed
+from alignment.types import Batch, Group, SamplingParams, TrainState, keyed_seed
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,7 @@ class Job:
     checkpoints: Checkpoints
     sink: Sink
     stop: GracefulStop
-    prompts: Sequence[Prompt]
-    held_out: Sequence[Prompt]
-    demonstrations: Mapping[str, list[Rollout]]
+    data: LoadedData
     state: TrainState = field(default_factory=TrainState)
     phases: Phases = field(default_factory=Phases)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
@@ -90,13 +90,13 @@ class Job:
         config = self.recipe.evaluation
         stage_step = self.state.stage_step + step - self.state.step
         due = stage_step in (0, self.stage.steps) or bool(config.every and step % config.every == 0)
-        if not self.held_out or not due or step in self.evaluations:
+        if not self.data.held_out or not due or step in self.evaluations:
             return None
         with self.phases("evaluate"):
             found = evaluate(
                 self.player(self.recipe.evaluation_environment),
                 self.scorer,
-                self.held_out,
+                self.data.held_out,
                 self.params(config.sampling),
                 config.samples,
                 keyed_seed(self.seed, "evaluation"),
@@ -128,7 +128,7 @@ class Job:
             state = replace(state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts})
         self.state, self.settled = state, True
         self._tick()
-        timed = self.phases.flush(int(metrics.get("tokens", 0)))
+        timed = self.phases.flush(**{name: int(metrics.get(name, 0)) for name in ("tokens", "rollouts")})
         self.sink.log(self._record(state.step, state.stage_step, "train", {**metrics, **timed}))
         every = self.recipe.run.rollouts_every
         if groups and every and (state.step % every == 0 or state.stage_step == 1):
@@ -144,11 +144,22 @@ class Job:
         steps = self.state.stage_step if stage == self.state.stage else config.steps
         if isinstance(config, OnlineStage):
             return {"verdicts on its own rollouts": int(self.state.counters.get(f"verdicts/{config.name}", 0))}
-        shown = sum(len(rollouts) for rollouts in self.demonstrations.values())
+        shown = sum(len(rollouts) for rollouts in self.data.demonstrations.values())
         return {"demonstrations": min(shown, steps * config.batch_size)}
 
     def resume(self, saved: Saved) -> None:
-        """Takes back what the checkpoint says beside learner and state."""
+        """Takes back what the checkpoint says beside learner and state.
+
+        Raises:
+            UserError: The data is not what it was: the rest of the run would not be the rest of that run.
+        """
+        changed = [name for name, known in saved.meta["data"].items() if self.data.digests.get(name) != known]
+        if changed:
+            where = ", ".join(f"data.{name}" for name in changed)
+            raise UserError(
+                f"{self.run.folder} was trained on other rows of {where}; put the data back as it was, or start again "
+                f"with --fresh (the old run is kept aside)"
+            )
         self.saved_step = saved.step
         self.seconds = dict(saved.meta["seconds"])
         for step, found in saved.meta["evaluations"].items():
@@ -163,7 +174,7 @@ class Job:
             evaluations = {
                 str(step): {**asdict(e), "interval": list(e.interval)} for step, e in self.evaluations.items()
             }
-            meta = {"seconds": self.seconds, "evaluations": evaluations}
+            meta = {"seconds": self.seconds, "evaluations": evaluations, "data": self.data.digests}
             about = {"config_hash": digest(self.recipe.resolved()), "world_size": 1}
             self.checkpoints.save(self.state.step, self._write, {**meta, **about})
         if self._is_best():

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pydantic import BeforeValidator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -13,7 +14,9 @@ from rich.table import Table
 from alignment.errors import UserError
 from alignment.recipe_errors import did_you_mean
 from alignment.recipe_values import plain_values
-from alignment.registry import REGISTRIES, Entry
+from alignment.registry import REGISTRIES, Entry, Registry
+from alignment.tasks.levels import level_table
+from alignment.tasks.task import tasks
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
@@ -21,10 +24,12 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 def describe_components(kind: str | None, name: str | None, plugins: Sequence[str] = ()) -> dict[str, Any]:
     """All kinds, the kind ``kind``, or its component ``name``, as JSON values; always down to the options.
 
+    Of one task there are also its default levels, see :func:`alignment.tasks.levels.level_table`.
+
     Raises:
         UserError: There is no such kind or component, or a plugin cannot be imported.
     """
-    for module in ("alignment.recipe", "rewards", *plugins):
+    for module in ("alignment.recipe", "alignment.evaluation.benchmarks", "rewards", *plugins):
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:  # whatever a user's module may do when it is imported
@@ -38,7 +43,10 @@ def describe_components(kind: str | None, name: str | None, plugins: Sequence[st
         return {"kind": kind, "doc": registry.doc, "components": [_described(entry) for entry in registry]}
     if name not in registry.names():
         raise _unknown(f"component of {kind}", name, registry.names())
-    return {"kind": kind, **_described(registry[name])}
+    found = {"kind": kind, **_described(registry[name])}
+    if kind == tasks.kind and all(o["default"] != "required" for o in found["options"]):
+        found["levels"] = level_table(tasks.build(name))
+    return found
 
 
 def show_components(found: Mapping[str, Any], console: Console) -> None:
@@ -55,6 +63,8 @@ def show_components(found: Mapping[str, Any], console: Console) -> None:
             _show_entry(entry, console)
     else:
         _show_entry(found, console)
+        if "levels" in found:
+            _show_levels(found["levels"], console)
 
 
 def _described(entry: Entry[Any]) -> dict[str, Any]:
@@ -87,11 +97,28 @@ def _show_entry(entry: Mapping[str, Any], console: Console) -> None:
     console.print()
 
 
+def _show_levels(levels: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A row for each level of a task."""
+    columns = ("level", "size", "problems", "constant answer", "example")
+    table = Table(*columns, box=None, header_style="dim", padding=(0, 2))
+    for row in levels:
+        problems = f"{row['problems']:,}" if row["problems_exact"] else f"at least {row['problems']:,}"
+        example = f"{row['example']['prompt']}{row['example']['completion']}"
+        floor = f"{'' if row['floor_exact'] else 'about '}{row['floor']:.3f}"
+        table.add_row(str(row["level"]), str(row["size"]), problems, floor, escape(example))
+    console.print(table)
+    console.print(
+        "\n[dim]problems: different prompts. constant answer: the share of problems that the best constant answer "
+        "solves.[/dim]"
+    )
+
+
 def _type(hint: Any) -> str:
     """A type as a recipe's author would say it: ``int | null``, ``'loss' | 'reward'``, ``list of text``."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _type(args[0])
+        registry = next((r for meta in args[1:] if (r := _registry(meta)) is not None), None)
+        return f"one of {registry.kind}" if registry is not None else _type(args[0])
     if origin in (Union, UnionType):
         return " | ".join(map(_type, args))
     if origin is Literal:
@@ -102,6 +129,12 @@ def _type(hint: Any) -> str:
         return f"list of {length}{' and '.join(f'({item})' if '|' in item else item for item in items)}"
     names = {str: "text", type(None): "null", dict: "mapping"}
     return names.get(origin or hint) or getattr(hint, "__name__", str(hint))
+
+
+def _registry(meta: Any) -> Registry[Any] | None:
+    """The registry of :func:`alignment.registry.component`, if ``meta`` is one."""
+    owner = getattr(meta.func, "__self__", None) if isinstance(meta, BeforeValidator) else None
+    return owner if isinstance(owner, Registry) else None
 
 
 def _constraints(hint: Any) -> dict[str, Any]:

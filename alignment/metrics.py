@@ -5,8 +5,8 @@ the user's own.
 """
 
 import math
-import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -42,7 +42,8 @@ class Sink(Protocol):
 
         Args:
             run: ``name``, ``folder``, ``recipe`` (resolved, JSON values), ``stages`` (a list of ``{name, stage,
-                steps}``) and ``resumed_from`` (the step of the checkpoint, or None).
+                steps}``), ``data`` (what :func:`alignment.data.load_data` says of each section) and ``resumed_from``
+                (the step of the checkpoint, or None).
         """
         ...
 
@@ -104,6 +105,11 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
+def _deviation(values: Sequence[float], mean: float) -> float:
+    """The population's standard deviation; the exact fractions of :mod:`statistics` would take half of a summary."""
+    return math.sqrt(_mean([(value - mean) ** 2 for value in values])) if values else math.nan
+
+
 def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None) -> dict[str, float]:
     """The metrics of the rollouts that were sampled for one step; a mean over nothing is NaN.
 
@@ -123,28 +129,29 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
     rollouts = [r for g in groups for r in g.rollouts if r.source != "demonstration"]
     rewards = [r.reward for r in rollouts if r.reward is not None]
     lengths = [len(r.token_ids) for r in rollouts]
+    correct = [verdict for r in rollouts if (verdict := r.correct) is not None]
+    reward = _mean(rewards)
     metrics: dict[str, float] = {
-        "reward": _mean(rewards),
-        "reward_std": statistics.pstdev(rewards) if rewards else math.nan,
-        "accuracy": _mean([float(r.correct) for r in rollouts if r.correct is not None]),
-        "unscored": _mean([float(not r.scored) for r in rollouts]),
-        "truncated": _mean([float(r.finish_reason == "length") for r in rollouts]),
+        "reward": reward,
+        "reward_std": _deviation(rewards, reward),
+        "accuracy": _mean(correct),
+        "unscored": _mean([not r.scored for r in rollouts]),
+        "truncated": _mean([r.finish_reason == "length" for r in rollouts]),
         "length": _mean(lengths),
         "length_max": max(lengths, default=0),
-        "zero_variance": _mean([float(len(set(g.rewards)) <= 1) for g in groups]),
+        "zero_variance": _mean([len(set(g.rewards)) <= 1 for g in groups]),
         "dropped_groups": sum(dropped.values()),
         "groups": len(groups),
         "rollouts": len(rollouts),
         "completion_tokens": sum(lengths),
     }
     metrics |= {f"dropped/{name}": count for name, count in dropped.items()}
-    values: dict[str, list[float]] = {}
-    for rollout in rollouts:
-        for name, score in rollout.scores.items():
-            applicable = values.setdefault(name, [])
-            if score.value is not None:
-                applicable.append(score.value)
-            metrics[f"status/{score.status}"] = metrics.get(f"status/{score.status}", 0) + 1
+    scores = [named for r in rollouts for named in r.scores.items()]
+    values: dict[str, list[float]] = {name: [] for name, _ in scores}
+    for name, score in scores:
+        if score.value is not None:
+            values[name].append(score.value)
+    metrics |= {f"status/{status}": count for status, count in Counter([s.status for _, s in scores]).items()}
     return metrics | {f"reward/{name}": _mean(of) for name, of in values.items()}
 
 
@@ -167,16 +174,15 @@ class Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - start
 
-    def flush(self, tokens: int = 0) -> dict[str, float]:
-        """``time/<phase>`` since the last call, ``time/total``, and ``tokens_per_s`` without evaluation and saving."""
+    def flush(self, **counts: int) -> dict[str, float]:
+        """``time/<phase>`` since the last call and ``time/total``; ``<name>_per_s``, without evaluation and saving, of
+        what was counted meanwhile, such as ``tokens``."""
         now = self.clock()
         total, self.since = now - self.since, now
         phases, self.seconds = self.seconds, {}
         metrics = {f"time/{name}": s for name, s in phases.items()} | {"time/total": total}
         working = total - sum(phases.get(name, 0.0) for name in NOT_TRAINING)
-        if tokens and working > 0:
-            metrics["tokens_per_s"] = tokens / working
-        return metrics
+        return metrics | {f"{name}_per_s": n / working for name, n in counts.items() if n and working > 0}
 
 
 @dataclass(frozen=True, slots=True)

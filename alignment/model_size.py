@@ -90,7 +90,7 @@ def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_to
     optimizer  two moments of AdamW for each trained parameter, in its dtype
     activations of one micro-batch: per token and layer 8 hidden + 4 intermediate numbers, or 1 hidden and one whole
                layer with gradient checkpointing
-    logits     of one chunk: logits, log-probabilities and gradient in float32
+    logits     of one chunk: logits and two buffers as large, in float32
     cache      keys and values of the rows that are sampled together
     ========== ==============================================================================================
 
@@ -104,6 +104,8 @@ def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_to
     checkpointed = getattr(learner, "gradient_checkpointing", False)
     kept = shape.layers * shape.hidden + layer if checkpointed else shape.layers * layer
     computed = 2 if getattr(learner, "autocast", "none") == "bfloat16" else size
+    logits = 4 * tokens * shape.vocabulary
+    chunk = int(2**20 * getattr(learner, "logits_chunk_mb", logits / 2**20))
     cached = min(rows, getattr(stage.sampler, "batch_rows", rows))
     found = {
         "parameters": size * (shape.parameters + (trained if model.lora else 0)),
@@ -111,7 +113,7 @@ def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_to
         "gradients": size * trained,
         "optimizer": 2 * size * trained,
         "activations": computed * tokens * kept,
-        "logits": 3 * 4 * min(tokens, getattr(learner, "logits_chunk_tokens", tokens)) * shape.vocabulary,
+        "logits": 3 * min(logits, chunk),
     }
     if stage.stage == "online":
         found["cache"] = size * cached * row_tokens * shape.layers * 2 * shape.kv_heads * shape.head_size

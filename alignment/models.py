@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from alignment.errors import UserError
+from alignment.hub import locate_model, names_folder
 
 if TYPE_CHECKING:
     from alignment.recipe_sections import Build, Lora, ModelConfig
 
-HUB_TIMEOUT_S = 5.0
 PAD, EOS = "<pad>", "<eos>"
 Messages = Sequence[Mapping[str, Any]]
 
@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     all_special_tokens: list[str]
     chat_template: Any
 
+    __call__: Callable[..., Any]
     encode: Callable[..., list[int]]
     decode: Callable[..., str]
     get_vocab: Callable[[], dict[str, int]]
@@ -72,17 +73,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[int, ..
     """Tokens of ``prompt``: text as it stands, chat messages through the chat template up to the assistant's turn.
 
     Raises:
-        UserError: Messages without a chat template, or a character that a character-level model does not know.
+        UserError: Messages without a chat template or that it refuses, or a character that a character-level model
+            does not know.
     """
     if not isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            raise UserError(
-                "the prompt is a list of chat messages, but the tokenizer has no chat template: give prompts as text,"
-                " or put a chat_template.jinja beside the tokenizer"
-            )
-        return tuple(
-            tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
+        return _encode_messages(tokenizer, [prompt])[0]
     try:
         return tuple(tokenizer.encode(prompt, add_special_tokens=False))
     except Exception as error:  # the tokenizers library raises nothing more specific
@@ -95,6 +90,35 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[int, ..
             f"the model does not know {', '.join(unknown)} in {prompt!r}: its alphabet is {alphabet!r}; change the data"
             " or model.build.alphabet"
         ) from error
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str | Messages]) -> list[tuple[int, ...]]:
+    """:func:`encode_prompt` of each, in one pass over them all.
+
+    Raises:
+        UserError: As there; the first prompt at fault.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    try:
+        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    except Exception:  # which text it was is found below
+        return [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rendered = iter(_encode_messages(tokenizer, chats) if chats else ())
+    return [tuple(next(encoded)) if isinstance(prompt, str) else next(rendered) for prompt in prompts]
+
+
+def _encode_messages(tokenizer: Tokenizer, chats: Sequence[Messages]) -> list[tuple[int, ...]]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the prompt is a list of chat messages, but the tokenizer has no chat template: give prompts as text,"
+            " or put a chat_template.jinja beside the tokenizer"
+        )
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    try:
+        return [tuple(ids) for ids in tokenizer.apply_chat_template([list(chat) for chat in chats], **options)]
+    except Exception as error:  # templates raise errors of their template engine, and Python's
+        raise UserError(f"the tokenizer's chat template cannot render a prompt: {error}") from error
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -230,11 +254,6 @@ def _load(config: "ModelConfig", path: str) -> Model:
     return Model(module, tokenizer, Path(path).name)
 
 
-def names_folder(path: str) -> bool:
-    """Whether a ``model.path`` can only be a folder, because no hub id is written like this."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
 def _locate(path: str, revision: str | None) -> str:
     """The folder, or the hub id, to hand to transformers for ``path``."""
     folder = Path(path).expanduser()
@@ -242,7 +261,7 @@ def _locate(path: str, revision: str | None) -> str:
         if names_folder(path):
             where = "" if folder.is_absolute() else f", neither beside the recipe nor in {Path.cwd()}"
             raise UserError(f"model.path: there is no folder {folder}{where}")
-        return _on_hub(path, revision)
+        return locate_model(path, revision)
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         remedy = "it holds a LoRA adapter: merge it into its base first" if adapter else "is it a saved model?"
@@ -252,32 +271,6 @@ def _locate(path: str, revision: str | None) -> str:
     if not any(True for name in names for _ in folder.glob(name)):
         raise UserError(f"model.path: {folder} has no tokenizer; save one there with tokenizer.save_pretrained(folder)")
     return str(folder.resolve())
-
-
-def _on_hub(path: str, revision: str | None) -> str:
-    """``path`` if the hub has it; the folder of an earlier download if the hub cannot be reached.
-
-    It is asked once. transformers on its own tries again and again for most of a minute before it gives up, and even
-    where the files are at hand.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        huggingface_hub.HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)
-        return path
-    except HFValidationError as error:
-        raise UserError(f"model.path: {path!r} is neither a folder nor a hub id: {error}") from error
-    except Exception as error:  # network errors are of the HTTP library that this version of huggingface_hub uses
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            raise UserError(f"model.path: {path!r} is no folder, and the hub says: {error}") from error
-        downloaded = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision)
-        if isinstance(downloaded, str):
-            return str(Path(downloaded).parent)
-        raise UserError(
-            f"model.path: {path!r} is no folder here, was not downloaded before, and the hub cannot be reached"
-            f" ({error}); copy the model onto this machine and give the path of its folder"
-        ) from error
 
 
 def _check_tokenizer(tokenizer: Tokenizer, rows: int, path: str) -> None:

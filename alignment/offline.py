@@ -25,7 +25,7 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
     Raises:
         Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
     """
-    rollouts = [rollout for group in job.demonstrations.values() for rollout in group]
+    rollouts = [rollout for group in job.data.demonstrations.values() for rollout in group]
     for index in batches(len(rollouts), stage.batch_size, state.stage_step, job.seed):
         job.stop.check()
         job.settled = False

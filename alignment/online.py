@@ -38,13 +38,14 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
     for sealed in prefetch(collector, lambda: job.state, stage.max_staleness):
         states, context = sealed.state.components, Context(sealed.state.step, job.seed, collector.roles)
         objective = Objective.of(algorithm, states)
-        slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.demonstrations, context)
+        slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.data.demonstrations, context)
         with phases("annotate"):
             needs = (
                 objective.needs(staleness=staleness(slots["rl"], sealed.state.step)) | algorithm.needs | learner.needs
             )
             batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
-        batch = credit(batch, algorithm, states)
+        with phases("credit"):
+            batch = credit(batch, algorithm, states)
         job.settled = False
         with phases("update"):
             watched = Watched(objective)
@@ -54,13 +55,16 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         with phases("publish"):
             publish(learner, job.sampler, sealed.state.step + 1)
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
-        signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
-        states = observe(components, states, signals)
-        state = replace(sealed.state.next_step(), components=states)
-        job.record_batch(state, batch, watched, sealed.state.components, metrics)
-        state = job.finish_step(state, metrics | summarise(sealed.sampled, sealed.dropped), sealed.sampled)
+        with phases("record"):
+            signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
+            states = observe(components, states, signals)
+            state = replace(sealed.state.next_step(), components=states)
+            job.record_batch(state, batch, watched, sealed.state.components, metrics)
+            metrics = metrics | summarise(sealed.sampled, sealed.dropped)
+        state = job.finish_step(state, metrics, sealed.sampled)
         if state.stage_step >= stage.steps:
             break
+        del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
     return state
 
 
@@ -69,7 +73,7 @@ def _collector(job: Job, stage: OnlineStage) -> Collector:
     return Collector(
         player=job.player(stage.environment),
         scorer=job.scorer,
-        prompts=job.prompts,
+        prompts=job.data.train,
         curricula=stage.curricula,
         prompts_per_step=stage.prompts_per_step,
         group_size=stage.group_size,

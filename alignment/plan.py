@@ -3,22 +3,19 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
+from alignment.data import SECTIONS, Section, accepted, read_section
 from alignment.errors import UserError
+from alignment.hub import names_folder
 from alignment.model_size import Shape, memory_bytes
-from alignment.models import names_folder
 from alignment.recipe import ModelConfig, OnlineStage, Recipe, SftStage, Stage
 from alignment.recipe_tree import Problem, RecipeError
 from alignment.registry import REGISTRIES
-from alignment.sources import describe
 from alignment.types import Prompt
-
-SHOWN_FAULTS = 5
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,8 @@ class Plan:
     """Where it comes from."""
     parameters: int | None
     trainable: int | None
-    data: Mapping[str, Mapping[str, float]]
+    data: Mapping[str, Mapping[str, Any]]
+    """:meth:`alignment.data.Section.report` of each section, as far as it is known without the model."""
     stages: tuple[StagePlan, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def make_plan(recipe: Recipe) -> Plan:
         model=_origin(model),
         parameters=shape.parameters if shape else None,
         trainable=shape.trainable(recipe.model.lora) if shape else None,
-        data={name: describe(prompts) for name, prompts in data.items()},
+        data={name: section.report() for name, section in data.items()},
         stages=tuple(_stage_plan(recipe, stage, shape, data) for stage in recipe.stages),
     )
 
@@ -97,45 +95,50 @@ def _origin(model: ModelConfig) -> str:
     return f"{model.path} from the hub (there is no such folder), fetched when training starts"
 
 
-def _data(recipe: Recipe) -> tuple[dict[str, Sequence[Prompt]], list[Problem]]:
-    """The prompts of each source, and what is wrong with any of them."""
-    data: dict[str, Sequence[Prompt]] = {}
+def _data(recipe: Recipe) -> tuple[dict[str, Section], list[Problem]]:
+    """Each section as it can be known without the model, and what is wrong with any of them."""
+    data: dict[str, Section] = {}
     problems: list[Problem] = []
-    for name in ("train", "demonstrations", "eval"):
-        source = getattr(recipe.data, name)
-        if source is None:
-            continue
+    for name in SECTIONS:
         try:
-            data[name] = source.load(recipe.folder).prompts
-            messages = list(islice(_unsuited(recipe, data[name]), SHOWN_FAULTS))
+            section = read_section(recipe, name)
+            if section is not None:
+                data[name] = _as_characters(accepted(_readable(section, recipe), recipe.data.on_bad_row), recipe)
         except UserError as error:
-            messages = [str(error)]
-        for message in messages:
-            problems += recipe.error(("data", name), message).problems
+            problems += recipe.error(("data", name), str(error).removeprefix(f"data.{name}: ")).problems
     return data, problems
 
 
-def _unsuited(recipe: Recipe, prompts: Sequence[Prompt]) -> Iterator[str]:
-    """Rows that a model built from an alphabet could not read or write; there, a character is a token."""
+def _readable(section: Section, recipe: Recipe) -> Section:
+    """The section without rows that a model built from an alphabet could not read or write."""
     if recipe.model.build is None:
-        return
-    alphabet, limit = set(recipe.model.build.alphabet), recipe.data.max_prompt_tokens
-    for prompt in prompts:
-        for column in ("prompt", "completion"):
-            text = prompt.row.get(column)
-            unknown = sorted(set(text) - alphabet) if isinstance(text, str) else []
-            if unknown:
-                shown = " ".join(repr(character) for character in unknown)
-                yield f"{column} {text!r} has characters that model.build.alphabet lacks: {shown}; add them there"
-        text = prompt.row["prompt"]
-        if isinstance(text, str) and len(text) > limit:
-            yield f"prompt {text!r} has {len(text)} tokens, more than data.max_prompt_tokens ({limit})"
+        return section
+    alphabet = set(recipe.model.build.alphabet)
+    return section.set_aside([_unknown(prompt, alphabet) for prompt in section.prompts])
 
 
-def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping[str, Sequence[Prompt]]) -> StagePlan:
+def _unknown(prompt: Prompt, alphabet: set[str]) -> str | None:
+    for column in ("prompt", "completion"):
+        text = prompt.row.get(column)
+        unknown = sorted(set(text) - alphabet) if isinstance(text, str) else []
+        if unknown:
+            characters = " ".join(repr(character) for character in unknown)
+            return f"{column} {text!r} has characters that model.build.alphabet lacks: {characters}; add them there"
+    return None
+
+
+def _as_characters(section: Section, recipe: Recipe) -> Section:
+    """The section less its over-long prompts, where a character is a token; otherwise as it is."""
+    texts = [prompt.row["prompt"] for prompt in section.prompts]
+    if recipe.model.build is None or not all(isinstance(text, str) for text in texts):
+        return section
+    return section.fitting([len(text) for text in texts], recipe.data.max_prompt_tokens)
+
+
+def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping[str, Section]) -> StagePlan:
     if isinstance(stage, SftStage):
         rows = prompts = stage.batch_size
-        group_size, minibatches, row_tokens = 1, 1, _longest(recipe, data.get("demonstrations", ()))
+        group_size, minibatches, row_tokens = 1, 1, _longest(recipe, data["demonstrations"].prompts)
     else:
         prompts, group_size, minibatches = stage.prompts_per_step, stage.group_size, stage.algorithm.minibatches
         rows, row_tokens = prompts * group_size, recipe.data.max_prompt_tokens + stage.sampling.max_tokens

@@ -1,6 +1,8 @@
 """Shows a recipe and its plan in a terminal."""
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -48,9 +50,20 @@ def _overview(recipe: Recipe, plan: Plan) -> Table:
     table.add_row("model", escape(plan.model))
     table.add_row("size", size)
     for name, numbers in plan.data.items():
-        floor = f", always the same answer scores {numbers['floor']:.1%}" if numbers["floor"] else ""
-        table.add_row(f"data.{name}", f"{numbers['prompts']:,} prompts, {numbers['distinct']:,} distinct{floor}")
+        table.add_row(f"data.{name}", escape(_section(numbers)))
     return table
+
+
+def _section(numbers: Mapping[str, Any]) -> str:
+    """A section of the data in words."""
+    parts = [f"{numbers['rows']:,} rows", f"{numbers['used']:,} used", f"{numbers['distinct']:,} distinct"]
+    if numbers["bad"]:
+        parts.append(f"{numbers['bad']:,} bad skipped")
+    if numbers["over_long"]:
+        parts.append(f"{numbers['over_long']:,} over-long left out")
+    if numbers["floor"]:
+        parts.append(f"always the same answer scores {numbers['floor']:.1%}")
+    return f"{', '.join(parts)}; from {numbers['origin']}"
 
 
 def _stage(stage: StagePlan) -> Table:

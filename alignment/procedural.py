@@ -1,48 +1,100 @@
-"""Prompts made by rule: procedural tasks."""
+"""Prompts made by rule: the source of procedural tasks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic import Field
+
 from alignment.errors import UserError
-from alignment.registry import option
+from alignment.registry import component, option
 from alignment.sources import Dataset, sources
-from alignment.tasks.arithmetic import Operator, Problem, Split, problems
+from alignment.tasks.levels import PATIENCE, enumerated, problems
+from alignment.tasks.task import Problem, Split, Task, tasks
 from alignment.types import Prompt
 
 
-@sources.register("arithmetic", source="this project", evidence="end to end")
+@sources.register("procedural", source="this project", evidence="end to end")
 @dataclass(frozen=True)
-class Arithmetic:
-    """Sums, differences and products of two whole numbers; the three splits never share a problem."""
+class Procedural:
+    """Problems of a task, as many from each of its levels; the three splits never share a problem.
 
+    With the same seed, fewer problems are the first of more.
+    """
+
+    task: Annotated[Task, component(tasks), option("which problems: a name, or a mapping with 'name' and options")]
     split: Annotated[Split, option("train (60 % of all problems), demonstrations (20 %) or eval (20 %)")]
-    max_operand: Annotated[int, option("largest operand", ge=1, le=999)] = 49
-    operators: Annotated[tuple[Operator, ...], option("which operations occur", min_length=1)] = ("+",)
+    levels: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], option("which of the task's levels, in turn", min_length=1)
+    ] = (1,)
     size: Annotated[int | None, option("how many problems; all of the split when null", unit="prompts", ge=1)] = None
     seed: Annotated[int, option("which problems are taken, and their order")] = 0
 
+    def __post_init__(self) -> None:
+        there = len(self.task.sizes)
+        if max(self.levels) > there:
+            name = tasks.name_of(self.task)
+            raise UserError(
+                f"levels {list(self.levels)}: {name} has level{'s 1 to' if there > 1 else ''} {there}, one for each of "
+                f"its sizes {list(self.task.sizes)}"
+            )
+        if len(set(self.levels)) < len(self.levels):
+            raise UserError(f"levels {list(self.levels)}: name each level once")
+
     def load(self, base: Path) -> Dataset:
-        """``size`` different problems with ``prompt``, ``answer``, ``completion``, ``operator`` and ``operands``.
+        """Rows with ``prompt``, ``answer``, ``completion``, ``task``, ``level`` and the columns of the task.
 
         Raises:
-            UserError: The split has fewer than ``size`` problems.
+            UserError: A level has fewer problems in this split than its share of ``size``, or no ``size`` is given and
+                a level has too many to list.
         """
-        found = problems(self.operators, self.max_operand, self.split, self.seed)
-        if len(found) < (self.size or 1):
-            raise UserError(
-                f"arithmetic has {len(found)} different problems for split {self.split!r} with operands up to "
-                f"{self.max_operand} and operators {' '.join(self.operators)}, fewer than the {self.size or 1} asked "
-                f"for; lower size or raise max_operand"
-            )
-        return Dataset([Prompt(f"arithmetic/{p.text}", _row(p)) for p in found[: self.size]], "arithmetic")
+        name = tasks.name_of(self.task)
+        rows = [Prompt(f"{name}/{p.prompt}", _row(name, level, p)) for level, p in self._taken(name)]
+        return Dataset(rows, name)
+
+    def _taken(self, name: str) -> Iterator[tuple[int, Problem]]:
+        """Problems from each level in turn, each prompt once, together with the level."""
+        if self.size is None:
+            self._check_listed(name)
+        streams = {level: problems(self.task, level, self.split, self.seed) for level in self.levels}
+        given = dict.fromkeys(self.levels, 0)
+        seen: set[str] = set()
+        while streams and (self.size is None or len(seen) < self.size):
+            for level in list(streams)[: None if self.size is None else self.size - len(seen)]:
+                problem = next((p for p in streams[level] if p.prompt not in seen), None)
+                if problem is not None:
+                    seen.add(problem.prompt)
+                    given[level] += 1
+                    yield level, problem
+                elif self.size is None:
+                    del streams[level]
+                else:
+                    raise self._too_few(name, level, given[level])
+        if not seen:
+            raise self._too_few(name, self.levels[0], 0)
+
+    def _check_listed(self, name: str) -> None:
+        for level in self.levels:
+            size = self.task.sizes[level - 1]
+            if enumerated(self.task, size) is None:
+                number = self.task.count(size)
+                many = "an unknown number of" if number is None else f"{number:,}"
+                raise UserError(
+                    f"{name} has {many} problems at level {level} (sizes: {size}), too many to take all; give a size"
+                )
+
+    def _too_few(self, name: str, level: int, found: int) -> UserError:
+        size = self.task.sizes[level - 1]
+        there = "has" if enumerated(self.task, size) is not None else f"gave, in {PATIENCE:,} draws without a new one,"
+        wanted = -(-(self.size or 1) // len(self.levels))
+        share = f"the {wanted}" if len(self.levels) == 1 else f"its share {wanted} of the {self.size or 1}"
+        return UserError(
+            f"{name} {there} {found} different problems for split {self.split!r} at level {level} (sizes: {size}), "
+            f"fewer than {share} asked for; lower size, or take another level or larger sizes"
+        )
 
 
-def _row(problem: Problem) -> dict[str, Any]:
-    return {
-        "prompt": problem.text,
-        "answer": problem.answer,
-        "completion": problem.answer,
-        "operator": problem.symbol,
-        "operands": [problem.left, problem.right],
-    }
+def _row(name: str, level: int, problem: Problem) -> dict[str, Any]:
+    texts = {"prompt": problem.prompt, "answer": problem.answer, "completion": problem.completion}
+    return {**texts, "task": name, "level": level, **problem.columns}

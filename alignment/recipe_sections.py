@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, to_json
 
-from alignment import dataset_source, procedural  # noqa: F401 - they register sources
+from alignment import dataset_source, procedural, reasoning_gym_source  # noqa: F401 - they register sources
 from alignment.registry import component
 from alignment.reward_registry import RewardFunction, RewardSpec, reward_functions
 from alignment.sources import Source, sources
@@ -166,12 +166,17 @@ class ModelConfig(Section):
 
 
 class Data(Section):
-    """Where prompts come from. ``demonstrations`` are prompts with a ``completion``."""
+    """Where prompts come from. Demonstrations have a ``completion``, preferences ``chosen`` and ``rejected``."""
 
     train: Annotated[Source, component(sources)] | None = None
     demonstrations: Annotated[Source, component(sources)] | None = None
+    preferences: Annotated[Source, component(sources)] | None = None
     eval: Annotated[Source, component(sources)] | None = None
     max_prompt_tokens: Count = 512
+    """Longer prompts are left out and counted."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens when rows cannot be used: the run does not start, or it goes on without them, if they are at most
+    1 % of a section's rows."""
 
 
 class Scoring(Section):

@@ -8,13 +8,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from alignment.recipe_sections import written_reward
-from alignment.registry import REGISTRIES
+from alignment.registry import registry_of
 from alignment.reward_registry import RewardSpec
 
 
 def plain_values(value: Any) -> Any:
     """JSON values of a recipe or any part of it; components become mappings with their name."""
-    registry = next((r for r in REGISTRIES.values() if type(value) in {entry.cls for entry in r}), None)
+    registry = registry_of(value)
     if registry is not None:
         return registry.dump(value)
     if isinstance(value, RewardSpec):

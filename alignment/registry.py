@@ -134,12 +134,24 @@ class Registry(Generic[T]):
     def dump(self, component: T) -> dict[str, Any]:
         """The mapping that :meth:`build` would turn back into ``component``."""
         options = TypeAdapter(type(component)).dump_python(component, mode="json")
-        return {"name": self.name_of(component), **options}
+        inner = {name: _dumped(getattr(component, name)) for name in options}
+        return {"name": self.name_of(component), **options, **{k: v for k, v in inner.items() if v is not None}}
 
 
 def component(registry: Registry[Any]) -> Any:
     """Metadata for a recipe field that holds a component: ``Annotated[PolicyLoss, component(policy_losses)]``."""
     return BeforeValidator(registry.build)
+
+
+def registry_of(value: object) -> "Registry[Any] | None":
+    """The registry of the component that ``value`` is; None if it is none."""
+    return next((registry for registry in REGISTRIES.values() if type(value) in {e.cls for e in registry}), None)
+
+
+def _dumped(value: object) -> dict[str, Any] | None:
+    """An option that is a component itself, as a recipe writes it; None for any other."""
+    registry = registry_of(value)
+    return registry.dump(value) if registry is not None else None
 
 
 def _required(protocol: type) -> set[str]:

@@ -21,8 +21,15 @@ class RewardFunction(Protocol):
 
     ``prompts`` and ``completions`` are texts, or lists of chat messages for a chat prompt (:func:`texts` reads both).
     ``columns`` holds ``completion_ids`` (token ids), ``length_tokens`` (sampled tokens), ``finish_reason`` and every
-    other column of the data set. Optional on the class: ``group_level: ClassVar[bool]``, True when it must see the
-    whole group of a prompt at once; ``columns`` (an attribute or property), names of the data columns it reads.
+    other column of the data set.
+
+    Optional on the class:
+
+    - ``group_level: ClassVar[bool]``, True when it must see the whole group of a prompt at once;
+    - ``columns`` (an attribute or property), names of the data columns it reads;
+    - ``prepare() -> None``, called once in each scoring worker before the first call, for imports that take time;
+    - ``check(rows: Sequence[Mapping[str, Any]]) -> Sequence[str | None]``, what makes each row of the data set useless
+      to this reward, or None. It runs in the scoring workers when data is loaded, on some or all rows at a time.
     """
 
     def __call__(
@@ -78,6 +85,11 @@ class RewardSpec:
     def whole_group(self) -> bool:
         """Whether it must see all completions of a prompt in one call."""
         return self.group_level or bool(getattr(self.function, "group_level", False))
+
+    @property
+    def checks_rows(self) -> bool:
+        """Whether it can tell rows that it cannot use."""
+        return callable(getattr(self.function, "check", None))
 
     def wire(self) -> dict[str, Any] | None:
         """What another process rebuilds it from: names and options, no code. None when there is no function.

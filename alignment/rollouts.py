@@ -1,6 +1,6 @@
 """Plays episodes: prompts go through an environment and a sampler, and come back as groups of rollouts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,22 +32,21 @@ class Player:
     check: Callable[[], None] = lambda: None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Episode:
-    """A rollout in the making."""
+    """A rollout in the making. Its sequences are tuples, so that what a single turn brought is taken over as it is."""
 
     id: str
-    uid: int
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     state: Any
     seed: int
     params: SamplingParams
-    token_ids: list[int] = field(default_factory=list)
-    loss_mask: list[bool] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
-    turns: list[tuple[str, int, int]] = field(default_factory=list)
+    token_ids: tuple[int, ...] = ()
+    loss_mask: tuple[bool, ...] = ()
+    logp: tuple[float, ...] = ()
+    versions: tuple[tuple[int, int], ...] = ()
+    turns: tuple[tuple[str, int, int], ...] = ()
     scores: dict[str, Score] = field(default_factory=dict)
     text: str = ""
     finish_reason: FinishReason = "stop"
@@ -59,17 +58,17 @@ class _Episode:
 
     def request(self) -> Request:
         """Asks for the next turn. Each turn has its own random numbers."""
-        turn = sum(role == "assistant" for role, _, _ in self.turns)
-        params = replace(self.params, max_tokens=self.room)
-        return Request(self.id, (*self.prompt_ids, *self.token_ids), params, keyed_seed(self.seed, turn))
+        turn = sum([role == "assistant" for role, _, _ in self.turns])
+        params = replace(self.params, max_tokens=self.room) if self.token_ids else self.params
+        return Request(self.id, self.prompt_ids + self.token_ids, params, keyed_seed(self.seed, turn))
 
     def add(self, role: str, ids: Sequence[int], logp: Sequence[float]) -> None:
         """Appends one turn."""
         start = len(self.token_ids)
-        self.token_ids.extend(ids)
-        self.loss_mask.extend([role == "assistant"] * len(ids))
-        self.logp.extend(logp)
-        self.turns.append((role, start, len(self.token_ids)))
+        self.token_ids += tuple(ids)
+        self.loss_mask += (role == "assistant",) * len(ids)
+        self.logp += tuple(logp)
+        self.turns += ((role, start, start + len(ids)),)
 
 
 def play(
@@ -91,12 +90,13 @@ def play(
     Raises:
         UserError: A prompt has more than ``player.max_prompt_tokens`` tokens.
     """
-    episodes = {
-        episode.id: episode
+    started = [
+        episode
         for prompt, uid in zip(prompts, uids, strict=True)
         for episode in _start(player, prompt, uid, samples, params, seed)
-    }
-    waiting = list(episodes.values())
+    ]
+    episodes = {episode.id: episode for episode in started}
+    waiting = started
     while waiting:
         unfinished: list[_Episode] = []
         for completion in player.sampler.submit([episode.request() for episode in waiting]):
@@ -105,10 +105,11 @@ def play(
             if not _advance(player, episode, completion):
                 unfinished.append(episode)
         waiting = unfinished
-    rollouts: dict[int, list[Rollout]] = {uid: [] for uid in uids}
-    for episode in episodes.values():
-        rollouts[episode.uid].append(_seal(episode, player.sampler.name))
-    return [Group(uid, prompt, tuple(rollouts[uid])) for prompt, uid in zip(prompts, uids, strict=True)]
+    sealed = [_seal(episode, player.sampler.name) for episode in started]
+    return [
+        Group(uid, prompt, tuple(sealed[i * samples : (i + 1) * samples]))
+        for i, (prompt, uid) in enumerate(zip(prompts, uids, strict=True))
+    ]
 
 
 def open_episode(
@@ -132,22 +133,21 @@ def open_episode(
 def _start(player: Player, prompt: Prompt, uid: int, samples: int, params: SamplingParams, seed: int) -> list[_Episode]:
     """The episodes of one prompt, which share its tokens."""
     state, ids = open_episode(player.environment, player.tokenizer, player.max_prompt_tokens, prompt)
-    return [_Episode(f"{uid}.{i}", uid, prompt, ids, state, keyed_seed(seed, uid, i), params) for i in range(samples)]
+    return [_Episode(f"{uid}.{i}", prompt, ids, state, keyed_seed(seed, uid, i), params) for i in range(samples)]
 
 
 def _advance(player: Player, episode: _Episode, completion: Completion) -> bool:
     """Takes one sampled turn into the episode and lets the environment answer; True when the episode is done."""
-    offset = len(episode.token_ids)
-    for version, start in completion.versions:
-        if not episode.versions or episode.versions[-1][0] != version:
-            episode.versions.append((version, offset + start))
-    episode.add("assistant", completion.token_ids, completion.logp)
+    ids, stop_ids = completion.token_ids, episode.params.stop_ids
+    episode.versions = _joined(episode.versions, completion.versions, len(episode.token_ids))
+    episode.add("assistant", ids, completion.logp)
     episode.finish_reason = completion.finish_reason
-    stop_ids = set(episode.params.stop_ids)
-    episode.text = decode(player.tokenizer, [t for t in completion.token_ids if t not in stop_ids])
+    stopped = bool(ids) and ids[-1] in stop_ids
+    episode.text = decode(player.tokenizer, ids[:-1] if stopped else ids)
     step = player.environment.step(episode.state, episode.text)
     episode.state = step.state
-    episode.scores.update(step.scores)  # a turn that was cut short is judged as it stands, not left unscored
+    if step.scores:
+        episode.scores.update(step.scores)  # a turn that was cut short is judged as it stands, not left unscored
     if step.done or completion.finish_reason != "stop":
         return True
     observation = encode_prompt(player.tokenizer, step.observation)
@@ -158,53 +158,30 @@ def _advance(player: Player, episode: _Episode, completion: Completion) -> bool:
     return False
 
 
+def _joined(
+    earlier: tuple[tuple[int, int], ...], more: tuple[tuple[int, int], ...], offset: int
+) -> tuple[tuple[int, int], ...]:
+    """Runs of policy versions with those of one more turn, which begins at token ``offset``."""
+    if not earlier:
+        return more
+    shifted = tuple((version, offset + start) for version, start in more)
+    return earlier + (shifted[1:] if shifted and shifted[0][0] == earlier[-1][0] else shifted)
+
+
 def _seal(episode: _Episode, sampler: str) -> Rollout:
     return Rollout(
         id=episode.id,
         prompt_id=episode.prompt.id,
         prompt_ids=episode.prompt_ids,
-        token_ids=tuple(episode.token_ids),
-        loss_mask=tuple(episode.loss_mask),
-        behaviour_logp=tuple(episode.logp),
+        token_ids=episode.token_ids,
+        loss_mask=episode.loss_mask,
+        behaviour_logp=episode.logp,
         text=episode.text,
         finish_reason=episode.finish_reason,
         seed=episode.seed,
         sampler=sampler,
         sampling=episode.params,
-        versions=tuple(episode.versions),
-        turns=tuple(episode.turns),
+        versions=episode.versions,
+        turns=episode.turns,
         scores=episode.scores,
     )
-
-
-def demonstration(prompt: Prompt, tokenizer: Tokenizer, eos_id: int, environment: Environment) -> Rollout:
-    """The rollout that an expert wrote: the row's ``completion`` and an end-of-sequence token, trained on in full."""
-    _, shown = environment.reset(prompt.row)
-    token_ids = (*encode_prompt(tokenizer, str(prompt.row["completion"])), eos_id)
-    return Rollout(
-        id=f"demonstration/{prompt.id}",
-        prompt_id=prompt.id,
-        prompt_ids=encode_prompt(tokenizer, shown),
-        token_ids=token_ids,
-        loss_mask=(True,) * len(token_ids),
-        behaviour_logp=(0.0,) * len(token_ids),
-        text=str(prompt.row["completion"]),
-        finish_reason="stop",
-        seed=0,
-        sampler="demonstration",
-        sampling=SamplingParams(max_tokens=len(token_ids)),
-        versions=(),
-        source="demonstration",
-        ratio_base="self",
-        turns=(("assistant", 0, len(token_ids)),),
-    )
-
-
-def demonstrations_by_prompt(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, eos_id: int, environment: Environment
-) -> Mapping[str, list[Rollout]]:
-    """Demonstrations by the :attr:`~alignment.types.Prompt.key` of the prompt that they answer."""
-    found: dict[str, list[Rollout]] = {}
-    for prompt in prompts:
-        found.setdefault(prompt.key, []).append(demonstration(prompt, tokenizer, eos_id, environment))
-    return found

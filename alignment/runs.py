@@ -113,11 +113,14 @@ class Run:
         return json.loads(self.result.read_text(encoding="utf-8"))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run's lock: two processes that write one run would ruin it.
+    def locked(self, remedy: str = "give this run another run.name") -> Iterator[None]:
+        """Holds the folder's lock: two processes that write one run would ruin it.
 
         The lock is the operating system's and goes with the process, however it dies. It is not inherited by forked
         workers, which may outlive a killed parent.
+
+        Args:
+            remedy: What else than stopping the other process would help, for the message.
 
         Raises:
             UserError: Another process, or this one, has it already; the message says which.
@@ -125,7 +128,7 @@ class Run:
         path = (self.folder / LOCK).resolve()
         # Closing any descriptor of a locked file gives this process's lock away, so it must not be opened twice.
         if path in _held:
-            raise UserError(f"run {self.folder} is already open in this process")
+            raise UserError(f"{self.folder} is already open in this process")
         with path.open("a+", encoding="utf-8") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,9 +137,7 @@ class Run:
                     raise
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(
-                    f"run {self.folder} is being written by {holder}; stop it, or give this run another run.name"
-                ) from None
+                raise UserError(f"{self.folder} is being written by {holder}; stop it, or {remedy}") from None
             _held.add(path)
             try:
                 file.truncate(0)

@@ -20,6 +20,10 @@ from alignment.scoring_process import Call
 from alignment.scoring_worker import PROVIDED, Sample, Verdict, pack
 from alignment.types import FAILED, Group, Prompt, Rollout, Score
 
+ROWS_PER_CHECK = 64
+"""Rows of the data set in one call of a reward's ``check``."""
+ABSENT = Score(None, "skipped", "the environment gave no such score")
+
 
 class ScoringFailed(UserError):
     """Too many rollouts could not be scored; says how many, by reward and status, and why the first one failed."""
@@ -112,11 +116,12 @@ class Scorer:
             self._closed = True
             self._pool.close()
 
-    def check(self, columns: Iterable[str] | None = None) -> None:
+    def check(self, columns: Iterable[str] | None = None, where: str = "the data set") -> None:
         """Waits for the workers to be ready, so that what cannot be imported shows before a run starts.
 
         Args:
             columns: Those that every row of the data set has; when given, they must be all that the rewards need.
+            where: What has these columns, for the error.
 
         Raises:
             UserError: A plugin or reward cannot be loaded, or a column is missing.
@@ -126,7 +131,28 @@ class Scorer:
         with self._lock:
             self._pool.wait_ready()
             if columns is not None:
-                self._refuse_missing(set(columns), "the data set")
+                self._refuse_missing(set(columns), where)
+
+    def faults(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """What makes each prompt's row useless to a reward, by the rewards' own ``check``; None where nothing does.
+
+        Raises:
+            UserError: A worker cannot be started, or a row holds more than JSON values.
+        """
+        assert not self._closed, "the scorer was closed"
+        found: list[list[str]] = [[] for _ in prompts]
+
+        def deliver(call: Call, answer: Sequence[Verdict]) -> None:
+            for row, (_, status, detail, _) in zip(call.rows, answer, strict=True):
+                if status in FAILED:
+                    found[row].append(f"reward {self._computed[call.reward].column!r}: {detail}")
+
+        checks = [number for number, spec in enumerate(self._computed) if spec.checks_rows]
+        if checks and prompts:
+            with self._lock:
+                self._pool.wait_ready()
+                self._pool.run(list(_row_checks(prompts, checks)), deliver)
+        return ["; ".join(faults) or None for faults in found]
 
     def score(self, groups: Sequence[Group], *, step: int = 0, max_steps: int = 0) -> list[Group]:
         """The groups with every rollout's ``scores`` and ``reward`` filled in; may be called from any thread.
@@ -147,8 +173,8 @@ class Scorer:
 
         def deliver(call: Call, answer: Sequence[Verdict]) -> None:
             column = self._computed[call.reward].column
-            for row, (value, status, detail) in zip(call.rows, answer, strict=True):
-                found[call.group][row][column] = Score(value, status, detail)  # pyright: ignore[reportArgumentType]
+            for row, verdict in zip(call.rows, answer, strict=True):
+                found[call.group][row][column] = Score(*verdict)  # pyright: ignore[reportArgumentType]
 
         if self._computed and any(g.rollouts for g in groups):
             with self._lock:
@@ -169,7 +195,7 @@ class Scorer:
                 row=_encode(group.prompt),
                 texts=[r.text for r in group.rollouts],
                 token_ids=[pack(r.token_ids) for r in group.rollouts],
-                length_tokens=[sum(r.loss_mask) for r in group.rollouts],
+                length_tokens=[r.loss_mask.count(True) for r in group.rollouts],
                 finish_reason=[r.finish_reason for r in group.rollouts],
                 step=step,
                 max_steps=max_steps,
@@ -194,12 +220,23 @@ class Scorer:
         return [(n, s) for s, names in zip(self._computed, self._pool.needs, strict=True) for n in names]
 
     def _merge(self, rollout: Rollout, found: Mapping[str, Score]) -> Rollout:
-        given = rollout.scores
-        absent = Score(None, "skipped", "the environment gave no such score")
-        scores = {s.column: found[s.column] if s.function else given.get(s.column, absent) for s in self.specs}
-        terms = [s.weight * value for s in self.specs if (value := scores[s.column].value) is not None]
-        failed = any(score.status in FAILED for score in scores.values())
-        return replace(rollout, scores=scores, reward=None if failed or not terms else sum(terms))
+        scores: dict[str, Score] = {}
+        reward, failed = None, False
+        for spec in self.specs:
+            score = found[spec.column] if spec.function else rollout.scores.get(spec.column, ABSENT)
+            scores[spec.column] = score
+            failed = failed or score.status in FAILED
+            if score.value is not None:
+                reward = (reward or 0.0) + spec.weight * score.value
+        return replace(rollout, scores=scores, reward=None if failed else reward)
+
+
+def _row_checks(prompts: Sequence[Prompt], rewards: Sequence[int]) -> Iterable[Call]:
+    for start in range(0, len(prompts), ROWS_PER_CHECK):
+        rows = range(start, min(start + ROWS_PER_CHECK, len(prompts)))
+        sample = Sample("", [_encode(prompts[i]) for i in rows], (), (), (), 0, 0)
+        for reward in rewards:
+            yield Call(reward, sample, start, tuple(rows), whole=False, check=True)
 
 
 def _encode(prompt: Prompt) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.scoring_process import Call, Worker
-from alignment.scoring_worker import Verdict
+from alignment.scoring_worker import Verdict, failure
 
 START_TIMEOUT_S = 180.0
 """A worker that has not imported everything by then never will."""
@@ -162,7 +162,7 @@ class Pool:
         if isinstance(message, str) and n > 1 and not call.whole:  # it raised: for which completion?
             self._pending.extendleft(reversed(call.split()))
         else:
-            self._deliver(call, [(None, "error", message)] * n if isinstance(message, str) else message)
+            self._deliver(call, [failure("error", message)] * n if isinstance(message, str) else message)
 
     def _deadline(self, worker: Worker) -> float:
         return worker.since + (self._limit_s(worker.calls[0]) if worker.calls else START_TIMEOUT_S)
@@ -203,7 +203,7 @@ class Pool:
             self._single.extend(call.split())
             return
         streak.rows += len(call.rows)
-        self._deliver(call, [(None, status, detail)] * len(call.rows))
+        self._deliver(call, [failure(status, detail)] * len(call.rows))
         if streak.rows >= GIVE_UP_ROWS and len(streak.groups) >= GIVE_UP_GROUPS:
             self._give_up(call.reward, status, detail)
 
@@ -221,4 +221,4 @@ class Pool:
             queue.clear()
             queue.extend(kept)
         for call in hopeless:
-            self._deliver(call, [(None, status, why)] * len(call.rows))
+            self._deliver(call, [failure(status, why)] * len(call.rows))

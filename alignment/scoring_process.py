@@ -38,6 +38,8 @@ class Call:
     """It may not be split: the reward compares completions."""
     split_from: int = 1
     """Completions of the call that it was split from."""
+    check: bool = False
+    """It asks what is wrong with rows of the data set: they stand in the place of completions."""
 
     def split(self) -> list["Call"]:
         """One call per completion."""
@@ -82,7 +84,9 @@ class Worker:
         self.calls.extend(calls)
         samples = {id(call.sample): call.sample for call in calls}
         place = {key: i for i, key in enumerate(samples)}
-        self._write({"samples": [*samples.values()], "calls": [(c.reward, place[id(c.sample)]) for c in calls]})
+        self._write(
+            {"samples": [*samples.values()], "calls": [(c.reward, place[id(c.sample)], c.check) for c in calls]}
+        )
         self.since = time.monotonic()
 
     def _write(self, message: Any) -> None:

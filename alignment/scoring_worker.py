@@ -36,8 +36,8 @@ PROVIDED = (
 )
 """Keyword arguments that every reward function is offered beside the columns of the data set."""
 DETAIL_CHARS = 300
-Verdict = tuple[float | None, str, str]
-"""Value, status, detail."""
+Verdict = tuple[float | None, str, str, str | None]
+"""Value, status, detail, answer: the fields of a :class:`Score`."""
 
 
 class Sample(NamedTuple):
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
     """JSON of the prompt's row; decoded for each call, so that no reward sees what another did to it."""
     texts: Sequence[str]
     token_ids: Sequence[str]
-    """Base64 of 64-bit integers: long completions are long lists."""
+    """Base64 of 32-bit integers: long completions are long lists."""
     length_tokens: Sequence[int]
     finish_reason: Sequence[str]
     step: int
@@ -66,12 +66,12 @@ class Sample(NamedTuple):
 
 def pack(token_ids: Sequence[int]) -> str:
     """Token ids as a sample carries them."""
-    return base64.b64encode(array("q", token_ids).tobytes()).decode()
+    return base64.b64encode(array("i", token_ids).tobytes()).decode()
 
 
 def unpack(packed: str) -> list[int]:
     """The inverse of :func:`pack`."""
-    return array("q", base64.b64decode(packed)).tolist()
+    return array("i", base64.b64decode(packed)).tolist()
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def main(channel_fd: int, lifeline_fd: int) -> None:
         for line in lines:
             message = json.loads(line)
             samples = [Sample(*fields) for fields in message["samples"]]
-            for reward, sample in message["calls"]:
-                send(answer_to(rewards[reward], samples[sample], runner))
+            for reward, sample, check in message["calls"]:
+                function, given = rewards[reward], samples[sample]
+                send(check_rows(function, given) if check else answer_to(function, given, runner))
 
 
 def _die_with_parent(lifeline_fd: int) -> None:
@@ -161,8 +162,10 @@ def load_reward(wire: Mapping[str, Any]) -> LoadedReward:
     if "component" in wire:
         importlib.import_module(wire["module"])
         component = reward_functions.build(wire["component"])
+        if prepare := getattr(component, "prepare", None):
+            prepare()
         return LoadedReward(component, None, tuple(getattr(component, "columns", ())), chat=False)
-    target, options = _resolve(wire["path"]), dict(wire["options"])
+    target, options = resolve(wire["path"]), dict(wire["options"])
     if not callable(target):
         raise TypeError(f"{wire['path']} is not callable")
     # Neither a class nor a function that takes nothing that TRL passes is a reward yet: it makes one from its options.
@@ -186,7 +189,7 @@ def _without(function: Callable[..., Any], options: Mapping[str, Any]) -> Callab
     return lambda **columns: function(**{k: v for k, v in columns.items() if k not in options})
 
 
-def _resolve(path: str) -> Any:
+def resolve(path: str) -> Any:
     """The object at a dotted path; its module is the longest prefix that can be imported."""
     parts = path.split(".")
     for split in range(len(parts) - 1, 0, -1):
@@ -216,6 +219,17 @@ def _wants_chat(function: Callable[..., Any]) -> bool:
     return get_origin(hint) is list and bool(inner) and get_origin(inner[0]) is list
 
 
+def check_rows(reward: LoadedReward, sample: Sample) -> Sequence[Verdict] | str:
+    """One verdict per row, ``error`` where it cannot be used, or what the call as a whole failed with."""
+    try:
+        told = list(reward.function.check([json.loads(row) for row in sample.texts]))  # pyright: ignore[reportFunctionMemberAccess]
+    except BaseException as error:  # as in answer_to
+        return describe(error)
+    if len(told) != (n := len(sample.texts)):
+        return [failure("error", f"check returned {len(told)} values for {n} rows")] * n
+    return [(None, "skipped", "", None) if fault is None else failure("error", str(fault)) for fault in told]
+
+
 def answer_to(reward: LoadedReward, sample: Sample, runner: asyncio.Runner) -> Sequence[Verdict] | str:
     """One verdict per completion, or what the call as a whole failed with."""
     try:
@@ -226,7 +240,7 @@ def answer_to(reward: LoadedReward, sample: Sample, runner: asyncio.Runner) -> S
     except BaseException as error:  # time-out helpers and sys.exit raise beside Exception; the worker goes on
         return describe(error)
     if len(judged) != (n := len(sample.texts)):
-        return [(None, "error", f"returned {len(judged)} values for {n} completions")] * n
+        return [failure("error", f"returned {len(judged)} values for {n} completions")] * n
     return judged
 
 
@@ -263,22 +277,28 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 def _judge(value: Any) -> Verdict:
     """The verdict that amounts to what a function gave for one completion."""
-    status, detail = "ok", ""
+    status, detail, answer = "ok", "", None
     if isinstance(value, Score):
-        value, status, detail = value.value, value.status, str(value.detail)[:DETAIL_CHARS]
+        value, status, detail, answer = value.value, value.status, str(value.detail)[:DETAIL_CHARS], value.answer
         if status not in get_args(Status):
-            return None, "error", f"returned a Score with status {status!r}; allowed: {', '.join(get_args(Status))}"
+            allowed = ", ".join(get_args(Status))
+            return failure("error", f"returned a Score with status {status!r}; allowed: {allowed}")
     if status in FAILED:
-        return None, status, detail
+        return None, status, detail, answer
     if value is None:
-        return None, "skipped", detail
+        return None, "skipped", detail, answer
     if not isinstance(value, numbers.Real) and hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()
     if not isinstance(value, numbers.Real):
-        return None, "error", f"returned {type(value).__name__}, not a number"
+        return failure("error", f"returned {type(value).__name__}, not a number")
     if not math.isfinite(value):
-        return None, "error", f"returned {value}"
-    return float(value), status, detail
+        return failure("error", f"returned {value}")
+    return float(value), status, detail, answer
+
+
+def failure(status: str, detail: str) -> Verdict:
+    """The verdict of a completion whose score could not be computed."""
+    return None, status, detail, None
 
 
 def describe(error: BaseException) -> str:

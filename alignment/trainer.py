@@ -1,28 +1,28 @@
 """Runs a recipe from its first stage to its last, and continues one that was interrupted."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignment.algorithms.state import fresh
 from alignment.checkpoint import Checkpoints, Saved, load_state
+from alignment.data import LoadedData, load_data
 from alignment.errors import UserError
-from alignment.evaluate import Evaluation
+from alignment.evaluation.evaluate import Evaluation
 from alignment.export import load_policy
 from alignment.job import Job
 from alignment.metrics import Sink, Sinks, StageResult, build_result
-from alignment.models import Model, load_model, stop_ids
+from alignment.models import load_model
 from alignment.offline import train_supervised
 from alignment.online import train_online
 from alignment.recipe import OnlineStage, Recipe, differences, load
-from alignment.rollouts import demonstrations_by_prompt, open_episode
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
 from alignment.trackers import make_sinks
-from alignment.types import Prompt, Rollout, TrainState, keyed_seed
+from alignment.types import TrainState, keyed_seed
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def train(
 
     Returns:
         What ``result.json`` holds: ``status`` (``complete`` or ``interrupted``), ``stages``, ``eval``, ``best``,
-        ``folder``, ``files``; and ``exit_code``: 0, 130 after Ctrl-C, 75 after SIGTERM.
+        ``data``, ``folder``, ``files``; and ``exit_code``: 0, 130 after Ctrl-C, 75 after SIGTERM.
 
     Raises:
         RecipeError: The recipe is wrong; every mistake at once.
@@ -100,12 +100,11 @@ def _run(
         model = load_model(recipe.located_model(), keyed_seed(recipe.run.seed, "model"))
         if saved is None and init_from is not None:
             load_policy(model, init_from, recipe.run.output)
-        prompts, held_out, demonstrations = _data(recipe, model)
-        job = Job(recipe, run, model, scorer, checkpoints, sink, stop, prompts, held_out, demonstrations, state)
+        data = load_data(recipe, model, scorer)
+        job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)
         if saved is not None:
             job.resume(saved)
-        _check_data(job, scorer)
-        sink.start(_description(recipe, run, saved))
+        sink.start(_description(recipe, run, saved, data))
         try:
             _stages(job, saved)
         except Stopped as stopped:
@@ -143,38 +142,16 @@ def _stages(job: Job, saved: Saved | None) -> None:
         job.state = replace(job.state, stage=job.state.stage + 1, stage_step=0, components={})
 
 
-def _data(recipe: Recipe, model: Model) -> tuple[list[Prompt], list[Prompt], Mapping[str, list[Rollout]]]:
-    """Prompts to train on, held-out prompts, and demonstrations by prompt."""
-    data, environment = recipe.data, recipe.evaluation_environment
-    train, held_out, shown = (
-        list(source.load(recipe.folder).prompts) if source is not None else []
-        for source in (data.train, data.eval, data.demonstrations)
-    )
-    eos_id = stop_ids(model.tokenizer, model.module)[0]
-    return train, held_out, demonstrations_by_prompt(shown, model.tokenizer, eos_id, environment)
-
-
-def _description(recipe: Recipe, run: Run, saved: Saved | None) -> dict[str, Any]:
+def _description(recipe: Recipe, run: Run, saved: Saved | None, data: LoadedData) -> dict[str, Any]:
     """What sinks are told at the start."""
     return {
         "name": recipe.run.name,
         "folder": str(run.folder),
         "recipe": recipe.resolved(),
         "stages": [{"name": s.name, "stage": s.stage, "steps": s.steps} for s in recipe.stages],
+        "data": data.report,
         "resumed_from": saved.step if saved else None,
     }
-
-
-def _check_data(job: Job, scorer: Scorer) -> None:
-    """Finds now what would stop the run later: rows without a column, prompts too long or of unknown characters."""
-    played = [s.environment for s in job.recipe.stages if isinstance(s, OnlineStage)]
-    evaluated = [job.recipe.evaluation_environment]
-    for prompts, environments in ((job.prompts, played), (job.held_out, evaluated)):
-        if prompts:
-            scorer.check(set.intersection(*(set(prompt.row) for prompt in prompts)))
-        for environment in environments:
-            for prompt in prompts:
-                open_episode(environment, job.model.tokenizer, job.recipe.data.max_prompt_tokens, prompt)
 
 
 def _refuse_another_start(run: Run, recipe: Recipe, state: TrainState, init_from: str | None) -> None:
@@ -223,6 +200,7 @@ def _result(job: Job, checkpoints: Checkpoints, status: Any, exit_code: int) -> 
                 name: what for name, what in FILES.items() if name == "result.json" or (job.run.folder / name).exists()
             },
         ),
+        "data": dict(job.data.report),
         "exit_code": exit_code,
     }
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -32,7 +33,7 @@ RATIO_BASES = ("old", "self", "one")
 
 def keyed_seed(*parts: object) -> int:
     """A 63-bit seed that depends on ``parts`` alone, the same in every process and on every machine."""
-    text = "\x1f".join(str(part) for part in parts)
+    text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -54,6 +55,15 @@ class Prompt:
     def key(self) -> str:
         """Depends on the prompt's content alone: what demonstrations and preferences of the same prompt have too."""
         return prompt_key(self.row["prompt"])
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two continuations of a prompt, text or chat messages, of which one was preferred."""
+
+    prompt: Prompt
+    chosen: str | Sequence[Mapping[str, Any]]
+    rejected: str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +130,18 @@ class Rollout:
     @property
     def scored(self) -> bool:
         """Whether it may be trained on: no component failed and at least one applied."""
-        scores = self.scores.values()
-        return not any(s.status in FAILED for s in scores) and any(s.value is not None for s in scores)
+        scores = self.scores.values()  # lists below, not generators: this is asked several times of every rollout
+        return not any([s.status in FAILED for s in scores]) and any([s.value is not None for s in scores])
 
     @property
     def correct(self) -> bool | None:
         """By the first reward component of the recipe, or None where that one gave no value."""
         first = next(iter(self.scores.values()), None)
         return None if first is None or first.value is None else first.status == "ok" and first.value >= 1.0
+
+    def judged(self, scores: Mapping[str, Score], reward: float | None) -> Self:
+        """The rollout with these scores and this reward: what ``replace`` would make, at a fraction of the cost."""
+        return type(self)(*_UNJUDGED(self), scores=scores, reward=reward, timings=self.timings)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :meth:`from_json` is its inverse."""
@@ -145,6 +159,10 @@ class Rollout:
         plain["sampling"] = SamplingParams(**{**sampling, "stop_ids": tuple(sampling["stop_ids"])})
         plain["scores"] = {name: Score(**score) for name, score in plain["scores"].items()}
         return cls(**plain)
+
+
+_UNJUDGED = attrgetter(*(f.name for f in fields(Rollout) if f.name not in ("scores", "reward", "timings")))
+"""The fields that :meth:`Rollout.judged` leaves as they are. They stand before the others, in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +262,9 @@ class Batch:
         return replace(self, **changes)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with every tensor on ``device``."""
+        """The batch with every tensor on ``device``; the batch itself where it is there already."""
+        if self.ids_BT.device == torch.device(device):
+            return self
         tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **tensors)
 

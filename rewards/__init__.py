@@ -1,8 +1,22 @@
 """The rewards that come with the project. Importing this package registers them all; recipes name them."""
 
+from rewards.countdown import Countdown
 from rewards.form import Format
 from rewards.length import Length, Overlong, RelativeLength
 from rewards.matching import ExactMatch, NumericMatch
+from rewards.mathematics import Math
+from rewards.reasoning_gym import ReasoningGym
 from rewards.repetition import Repetition
 
-__all__ = ["ExactMatch", "Format", "Length", "NumericMatch", "Overlong", "RelativeLength", "Repetition"]
+__all__ = [
+    "Countdown",
+    "ExactMatch",
+    "Format",
+    "Length",
+    "Math",
+    "NumericMatch",
+    "Overlong",
+    "ReasoningGym",
+    "RelativeLength",
+    "Repetition",
+]

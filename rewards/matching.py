@@ -59,7 +59,9 @@ class ExactMatch:
 def _same(text: str, answer: Any) -> Score:
     if answer is None:
         return Score(None, "skipped", "the row has no answer")
-    return Score(1.0) if text.strip() == str(answer).strip() else Score(0.0, "wrong")
+    given = text.strip()
+    same = given == str(answer).strip()
+    return Score(1.0, answer=given) if same else Score(0.0, "wrong", answer=given)
 
 
 @reward_functions.register("numeric_match", source="this project")
@@ -94,4 +96,4 @@ class NumericMatch:
         if given is None:
             return Score(0.0, "unparseable", "no number")
         near = abs(given - expected) <= max(Fraction(self.abs_tol), Fraction(self.rel_tol) * abs(expected))
-        return Score(1.0) if near else Score(0.0, "wrong")
+        return Score(1.0, answer=str(given)) if near else Score(0.0, "wrong", answer=str(given))

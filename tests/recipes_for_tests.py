@@ -10,9 +10,9 @@ run: {name: base, seed: 0}
 model:
   build: {alphabet: "0123456789+=", hidden_size: 32, layers: 2, heads: 2, kv_heads: 2, max_positions: 64}
 data:
-  train: {name: arithmetic, split: train, max_operand: 9}
-  demonstrations: {name: arithmetic, split: demonstrations, max_operand: 9}
-  eval: {name: arithmetic, split: eval, max_operand: 9}
+  train: {name: procedural, task: {name: arithmetic, sizes: [9]}, split: train}
+  demonstrations: {name: procedural, task: {name: arithmetic, sizes: [9]}, split: demonstrations}
+  eval: {name: procedural, task: {name: arithmetic, sizes: [9]}, split: eval}
   max_prompt_tokens: 8
 rewards:
   - {name: exact_match, weight: 1.0}

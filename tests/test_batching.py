@@ -102,6 +102,8 @@ def test_wrong_input_is_named() -> None:
         collate([], 0, ("a",), (1.0,))
     with pytest.raises(AssertionError, match="need as many weights"):
         collate([], 0, ("a",), (1.0, 2.0))
+    with pytest.raises(AssertionError, match="1 numbers for 2 places"):
+        batch_of(rollout("a", (1,), (2, 3), behaviour_logp=(0.0,)))
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 100))

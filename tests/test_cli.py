@@ -24,7 +24,7 @@ def align(*args):
 def test_help_names_every_command_and_each_has_an_example():
     overview = align("--help")
     assert overview.exit_code == 0
-    for name in ("train", "check", "list", "init", "export", "replay"):
+    for name in ("train", "check", "list", "init", "export", "eval", "replay"):
         assert name in overview.stdout
         own = align(name, "--help")
         assert own.exit_code == 0 and f"Example: align {name} " in own.stdout
@@ -130,9 +130,25 @@ def test_list_goes_from_kinds_to_options():
     components = [component for k in everything for component in k["components"]]
     for component in components:
         assert component["summary"] and component["source"], component["name"]
-    types = {o["name"]: o["type"] for c in components for o in c["options"] if c["name"] in ("arithmetic", "torch")}
+    named = ("arithmetic", "procedural", "torch")
+    types = {o["name"]: o["type"] for c in components for o in c["options"] if c["name"] in named}
     assert types["operators"] == "list of ('+' | '-' | '*')" and types["size"] == "int | null"
     assert types["betas"] == "list of 2 float" and types["split"] == "'train' | 'demonstrations' | 'eval'"
+    assert types["task"] == "one of tasks" and types["sizes"] == "list of int"
+
+
+def test_list_shows_the_levels_of_a_task():
+    table = align("list", "tasks", "gcd").stdout
+    assert re.search(r"level +size +problems +constant answer +example", table)
+    assert re.search(r"1 +30 +819 +about 0\.2", table)
+    found = json.loads(align("list", "tasks", "countdown", "--json").stdout)
+    assert [(level["level"], level["size"], level["problems_exact"]) for level in found["levels"]] == [
+        (1, 2, False),
+        (2, 3, False),
+        (3, 4, False),
+    ]
+    assert "at least" in align("list", "tasks", "countdown").stdout
+    assert "levels" not in json.loads(align("list", "rewards", "countdown", "--json").stdout)
 
 
 def test_list_says_what_there_is_instead(tmp_path):

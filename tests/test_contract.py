@@ -118,12 +118,12 @@ def test_a_prompt_value_model_steers_a_curriculum(tmp_path):
         state = train_online(job, chosen, job.state)
         assert state.components["curricula.1"] == {"version": 3}
         assert state.components["curricula.0"]["cursor"] + 60 * state.components["curricula.0"]["epoch"] > 3 * 4
-        before = {p.row["operands"][0]: float(role.values([p])[0]) for p in job.prompts}
+        before = {p.row["operands"][0]: float(role.values([p])[0]) for p in job.data.train}
         assert min(before.values()) < 0.5, "it learned that an untrained model rarely adds well"
         job.learner.save(tmp_path / "learner")
         job.learner.roles["prompt_value"] = again = PromptValue()
         job.learner.restore(tmp_path / "learner")
-        assert {p.row["operands"][0]: float(again.values([p])[0]) for p in job.prompts} == before
+        assert {p.row["operands"][0]: float(again.values([p])[0]) for p in job.data.train} == before
         assert again.version == 3
 
 
@@ -214,7 +214,7 @@ class HardGate:
 
 
 def test_an_hpt_router_turns_failed_prompts_into_supervised_ones(tmp_path):
-    same = {"name": "arithmetic", "split": "train", "max_operand": 9}
+    same = {"name": "procedural", "task": {"name": "arithmetic", "sizes": [9]}, "split": "train"}
     recipe = tiny(tmp_path, {"data": {"demonstrations": same}})
     learner = TorchLearnerConfig(lr=2e-2)
     chosen = stage(steps=30, learner=learner, algorithm=Algorithm(advantage=DrGrpo(), mixer=HardGate()))

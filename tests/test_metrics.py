@@ -249,13 +249,14 @@ def test_phases_add_up_and_start_again():
     with phases("evaluate"):
         advance(10.0)
     advance(0.5)
-    metrics = phases.flush(tokens=15)
+    metrics = phases.flush(tokens=15, rollouts=30, groups=0)
     assert metrics == {
         "time/sample": 3.0,
         "time/update": 4.0,
         "time/evaluate": 10.0,
         "time/total": 17.5,
         "tokens_per_s": 2.0,
+        "rollouts_per_s": 4.0,
     }
     advance(1.0)
     assert phases.flush() == {"time/total": 1.0}

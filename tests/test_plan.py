@@ -1,11 +1,14 @@
 """The plan of a recipe: its numbers against hand-made ones and against a model that is really built."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from alignment.model_size import Shape
 from alignment.plan import make_plan
+from alignment.plan_view import show_plan
 from alignment.recipe import load
 from alignment.recipe_tree import RecipeError
 from tests.recipes_for_tests import BASE, write
@@ -24,7 +27,7 @@ def test_the_numbers_of_a_step(tmp_path):
     assert rl.micro_batches == 4  # 60 tokens hold 5 rows of 12, 16 rows take 4
     assert (warmup.rollouts, warmup.minibatches, warmup.updates, warmup.micro_batches) == (8, 1, 1, 1)
     assert warmup.row_tokens == len("9+9=") + len("18") + 1
-    assert plan.data["eval"]["prompts"] > 0
+    assert plan.data["eval"]["used"] > 0
     json.dumps(plan.to_json(), allow_nan=False)
 
 
@@ -88,10 +91,10 @@ def test_memory_follows_what_the_step_keeps(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train={name: jsonl, path: none.jsonl}"], "data.train: cannot read"),
+        (["data.train={name: dataset, path: none.jsonl}"], "data.train: cannot read"),
         (["data.eval.size=9999"], "base.yaml:7: data.eval: arithmetic has"),
-        (["data.train.operators=['*']"], "model.build.alphabet lacks: '*'; add them there"),
-        (["data.max_prompt_tokens=3"], "has 4 tokens, more than data.max_prompt_tokens (3)"),
+        (["data.train.task.operators=['*']"], "model.build.alphabet lacks: '*'; add them there"),
+        (["data.max_prompt_tokens=3"], "prompts have more than data.max_prompt_tokens (3) tokens; the shortest has 4"),
     ],
 )
 def test_data_that_does_not_suit_is_told_at_its_line(tmp_path, overrides, message):
@@ -103,14 +106,18 @@ def test_data_that_does_not_suit_is_told_at_its_line(tmp_path, overrides, messag
 def test_a_relative_path_starts_at_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     path = write(
-        tmp_path, BASE.replace("{name: arithmetic, split: train, max_operand: 9}", "{name: jsonl, path: rows.jsonl}")
+        tmp_path,
+        BASE.replace(
+            "{name: procedural, task: {name: arithmetic, sizes: [9]}, split: train}",
+            "{name: dataset, path: rows.jsonl}",
+        ),
     )
     monkeypatch.chdir("/")
-    assert make_plan(load([path])).data["train"]["prompts"] == 1
+    assert make_plan(load([path])).data["train"]["used"] == 1
 
 
 def test_every_source_that_does_not_suit_is_told(tmp_path):
-    sources = ["data.train={name: jsonl, path: none.jsonl}", "data.eval={name: jsonl, path: rows.jsonl}"]
+    sources = ["data.train={name: dataset, path: none.jsonl}", "data.eval={name: dataset, path: rows.jsonl}"]
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1"}\n{"prompt": "a"}\n{"prompt": "b"}\n')
     with pytest.raises(RecipeError) as error:
         plan_of(tmp_path, *sources, "data.demonstrations.size=9999", "model={build: null, path: ./none}")
@@ -118,7 +125,20 @@ def test_every_source_that_does_not_suit_is_told(tmp_path):
     assert places == [("data", "train"), ("data", "demonstrations"), ("model", "path")]
     with pytest.raises(RecipeError) as error:
         plan_of(tmp_path, *sources)
-    assert [problem.place[-1] for problem in error.value.problems] == ["train", "eval", "eval"]
+    assert [problem.place[-1] for problem in error.value.problems] == ["train", "eval"]
+    assert "2 of 3 rows cannot be used" in str(error.value)
+    assert [f"rows.jsonl:{n}" in str(error.value) for n in (1, 2, 3)] == [False, True, True]
+
+
+def test_sections_are_shown_with_what_is_left_out(tmp_path):
+    lines = ['{"prompt": "1+1=", "answer": "2"}'] * 150 + ["[1]", '{"prompt": "11+11+11=", "answer": "33"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    recipe = load([write(tmp_path)], ["data.train={name: dataset, path: rows.jsonl}", "data.on_bad_row=skip"])
+    console = Console(file=io.StringIO(), width=300)
+    show_plan(recipe, make_plan(recipe), console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if "data.train" in line]  # pyright: ignore
+    numbers = "152 rows, 150 used, 1 distinct, 1 bad skipped, 1 over-long left out, always the same answer scores"
+    assert f"{numbers} 100.0%; from {tmp_path}/rows.jsonl" in line
 
 
 def test_where_the_model_comes_from_is_told(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from alignment.algorithms.advantages import Rloo
 from alignment.algorithms.policy_losses import Clip, Gspo
 from alignment.recipe import differences, load
 from alignment.recipe_tree import RecipeError
+from alignment.reward_registry import reward_functions
 from tests.recipes_for_tests import BASE, only, problems, write
 
 
@@ -107,18 +108,18 @@ def test_every_mistake_at_once(tmp_path):
         .replace("seed: 0", "seed: zero")
         .replace("name: exact_match", "name: exact_mach")
         .replace("split: eval", "split: evl")
-        .replace("max_operand: 9}\n  max", "max_operand: 0}\n  max")
+        .replace("[9]}, split: evl}", "[0]}, split: evl}")
         .replace("batch_size: 8", "batchsize: 8")
         .replace("prompts_per_step: 8", "prompts_per_step: 7\n    max_staleness: 1")
         .replace("      advantage: grpo", "      minibatches: 4")
     )
     assert problems(write(tmp_path, text)) == [
         "base.yaml:1: run.seed: expected a whole number, given the text 'zero'",
+        "base.yaml:7: data.eval.task.sizes.0: expected a number >= 1, given the number 0",
         "base.yaml:7: data.eval.split: expected one of 'train', 'demonstrations' or 'eval', given the text 'evl'; did "
         "you mean 'eval'?",
-        "base.yaml:7: data.eval.max_operand: expected a number >= 1, given the number 0",
         "base.yaml:10: rewards.0.name: 'exact_mach' is not one of the rewards; did you mean 'exact_match'? (available: "
-        "exact_match, format, length, numeric_match, overlong, relative_length, repetition)",
+        f"{', '.join(reward_functions.names())})",
         "base.yaml:12: stages.0.batchsize: there is no key 'batchsize'; did you mean 'batch_size'? (keys: stage, name, "
         "steps, batch_size, aggregation, sampler, learner, cluster)",
         "base.yaml:17: stages.1.max_staleness: 1 is more than this sampler allows (0): it shares its weights with the "
@@ -151,11 +152,23 @@ def test_every_mistake_at_once(tmp_path):
             "data.train.split=null",
             "data.train.split: expected one of 'train', 'demonstrations' or 'eval', given nothing",
         ),
-        ("data.train={name: jsonl}", "data.train.path: is required"),
-        ("data.train=arithmetc", "data.train: 'arithmetc' is not one of the sources; did you mean 'arithmetic'?"),
-        ("data.train.name=[1]", "data.train.name: '[1]' is not one of the sources (available: arithmetic, jsonl)"),
+        ("data.train={name: dataset}", "data.train.path: is required"),
+        ("data.train=procedurl", "data.train: 'procedurl' is not one of the sources; did you mean 'procedural'?"),
+        (
+            "data.train.name=[1]",
+            "data.train.name: '[1]' is not one of the sources (available: dataset, procedural, reasoning_gym)",
+        ),
+        ("data.train.task=artihmetic", "data.train.task: 'artihmetic' is not one of the tasks; did you mean"),
+        (
+            "data.train.task.nme=gcd",
+            "data.train.task.nme: 'arithmetic' has no option 'nme' (options: sizes, operators)",
+        ),
+        ("data.train.task.sizes=[0]", "data.train.task.sizes.0: expected a number >= 1, given the number 0"),
+        ("data.train.task.operators=['/']", "data.train.task.operators.0: expected one of '+', '-' or '*', given"),
+        ("data.train.task={name: sorting, sizes: [200]}", "data.train.task: sizes [200]: there are only 100 different"),
+        ("data.train.task=7", "data.train.task: expected a name, or a mapping with 'name' and options, given the num"),
         ("stages.0.stage=[1]", "stages.0.stage: 'stage' must be text, given a list (available: sft, online)"),
-        ("rewards=[{weight: 1}]", "rewards.0: needs 'name' (available: exact_match"),
+        ("rewards=[{weight: 1}]", "rewards.0: needs 'name' (available: countdown"),
         ("rewards=[7]", "rewards.0: expected a name, or a mapping with 'name', 'function' or 'environment'"),
         ("rewards.0.weight=heavy", "rewards.0.weight: expected a number, given the text 'heavy'"),
         ("rewards.0.colum=x", "rewards.0.colum: 'exact_match' has no option 'colum'; did you mean 'column'?"),

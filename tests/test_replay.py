@@ -17,7 +17,7 @@ from tests.recorded import record_step, sampled_batch
 RECIPE = """
 run: {name: small}
 model: {build: {alphabet: "0123456789+="}}
-data: {train: {name: arithmetic, split: train, max_operand: 9, size: 20}}
+data: {train: {name: procedural, task: {name: arithmetic, sizes: [9]}, split: train, size: 20}}
 rewards:
   - {function: tests.recorded.exact, name: exact, weight: 1.0}
   - {function: tests.recorded.short, name: short, weight: 0.5}

@@ -10,7 +10,7 @@ from alignment.collect import Collector, prefetch, staleness
 from alignment.curricula import ConstantGroupFilter, Uniform
 from alignment.environments import Calculator, SingleTurn, Step
 from alignment.errors import UserError
-from alignment.evaluate import interval, summarise_evaluation, wilson
+from alignment.evaluation.evaluate import summarise_evaluation
 from alignment.metrics import Phases
 from alignment.rollouts import Player, play
 from alignment.types import Completion, Group, Prompt, Request, Rollout, SamplingParams, Score, TrainState, keyed_seed
@@ -93,6 +93,29 @@ def test_a_second_turn_follows_its_observation_with_versions_where_they_begin():
     assert rollout.behaviour_logp == (-1.0,) * 7 + (0.0,) * 3 + (-1.0,) * 2
     assert rollout.versions == ((0, 0), (1, 10))
     assert rollout.text == "6" and rollout.finish_reason == "stop"
+
+
+def test_turns_of_one_policy_version_are_one_run():
+    def says(request):
+        return "x[2*3]." if len(request.prompt_ids) == 1 else "6."
+
+    turns = [((5, 0), (6, 3)), ((6, 0), (7, 1))]
+
+    class Drifting(Scripted):
+        def submit(self, requests):
+            versions = turns.pop(0)
+            return [replace(c, versions=versions) for c in super().submit(requests)]
+
+    playing = replace(player(says, Calculator(result="={value};")), sampler=Drifting(says))
+    (group,) = play(playing, [prompt()], [0], 1, PARAMS, 0)
+    assert group.rollouts[0].versions == ((5, 0), (6, 3), (7, 11)), "the second turn begins at token 10, still in run 6"
+
+
+def test_a_verdict_changes_nothing_else():
+    rollout = play(player(lambda r: "yes."), [prompt()], [0], 1, PARAMS, 0)[0].rollouts[0]
+    rollout = replace(rollout, source="replay", ratio_base="one", timings={"decode": 1.0})
+    scores = {"right": Score(1.0)}
+    assert rollout.judged(scores, 0.5) == replace(rollout, scores=scores, reward=0.5)
 
 
 @pytest.mark.parametrize(("room", "turns"), [(9, 1), (10, 1), (11, 3)])
@@ -203,23 +226,6 @@ def test_staleness_counts_from_the_oldest_sampled_token():
     assert staleness([], 7) == staleness([Group(0, prompt(), (replace(rollout, versions=()),))], 7) == 0
 
 
-def test_wilson_golden_numbers():
-    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611252), abs=1e-6)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-def test_intervals_count_problems_not_samples():
-    right_or_wrong = [1.0] * 8 + [0.0] * 2
-    assert interval(right_or_wrong) == wilson(8, 10)
-    assert interval(right_or_wrong, samples=16) == wilson(8, 10), "samples that always agree add nothing"
-    independent = interval([0.5] * 30, samples=4)
-    assert independent == wilson(60, 120), "samples that vary as coins do count one by one"
-    nearly = interval([1.0] * 99 + [0.75], samples=4)
-    assert nearly[0] < interval([1.0] * 100, samples=4)[0]
-    assert interval([]) == (0.0, 1.0)
-
-
 def test_unscored_rollouts_are_left_out_of_an_evaluation_and_counted():
     (group,) = play(player(lambda r: "."), [prompt()], [0], 4, PARAMS, 0)
     scores = [Score(1.0), Score(0.0, "wrong"), Score(None, "timeout"), Score(1.0)]
@@ -230,6 +236,9 @@ def test_unscored_rollouts_are_left_out_of_an_evaluation_and_counted():
     judged = replace(judged, rollouts=(*judged.rollouts[:3], also_failed))
     found = summarise_evaluation([judged])
     assert (found.accuracy, found.problems, found.unscored) == (0.5, 1, 2)
+    longer = replace(also_failed, token_ids=(*also_failed.token_ids, 7), finish_reason="length")
+    same = summarise_evaluation([replace(judged, rollouts=(*judged.rollouts[:3], longer))])
+    assert same.metrics == found.metrics and set(found.metrics) == {"length", "truncated", "reward/a"}
     nothing = summarise_evaluation([replace(judged, rollouts=judged.rollouts[2:3])])
     assert nothing.accuracy != nothing.accuracy and nothing.problems == 0, "no verdict is no accuracy of 0"
 

@@ -545,6 +545,90 @@ def test_refuse_failures_says_what_and_why(scorer: Callable[..., Scorer]) -> Non
     assert failed_share([]) == 0.0
 
 
+CHECKS = """
+    import os, time
+    from dataclasses import dataclass
+    from alignment.reward_registry import reward_functions
+    from alignment.score import Score
+
+    @reward_functions.register("checks_for_test", source="this test")
+    @dataclass(frozen=True)
+    class Checks:
+        prepared: str = ""
+
+        def prepare(self):
+            open(self.prepared, "a").write("once ")
+
+        def check(self, rows):
+            told = []
+            for row in rows:
+                if row["answer"] == "sleep":
+                    time.sleep(1000)
+                if row["answer"] == "die":
+                    os._exit(7)
+                if row["answer"] == "raise":
+                    raise KeyError("no such thing")
+                told.append(f"{row['answer']} is bad" if row["answer"] == "bad" else None)
+            return told[:-1] if "short" in [row["answer"] for row in rows] else told
+
+        def __call__(self, prompts, completions, **columns):
+            assert os.path.exists(self.prepared)
+            values = {"right": Score(1.0, answer="3"), "lost": Score(None, "error", "why", "4"), "none": None}
+            return [values[text] for text in completions]
+"""
+
+
+@pytest.fixture
+def checks(scorer: Callable[..., Scorer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scorer]:
+    (tmp_path / "checking_plugin.py").write_text(textwrap.dedent(CHECKS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("checking_plugin")
+    spec = RewardSpec("c", function=module.Checks(str(tmp_path / "prepared")))
+    with scorer(EXACT, spec, plugins=["checking_plugin"], timeout_s=3.0) as it:
+        yield it
+    sys.modules.pop("checking_plugin")
+    reward_functions._entries.pop("checks_for_test")
+
+
+def prompts(answers: Sequence[str]) -> list[Prompt]:
+    return [Prompt(f"p{i}", {"prompt": "q", "answer": answer}) for i, answer in enumerate(answers)]
+
+
+def test_rows_are_checked_in_the_workers(checks: Scorer, tmp_path: Path) -> None:
+    answers = ["fine"] * 200
+    answers[3], answers[70], answers[71], answers[130], answers[199] = "bad", "raise", "die", "sleep", "bad"
+    started = time.monotonic()
+    told = checks.faults(prompts(answers))
+    assert time.monotonic() - started < 3.0 + 10.0
+    assert {i: fault for i, fault in enumerate(told) if fault} == {
+        3: "reward 'c': bad is bad",
+        70: told[70],
+        71: "reward 'c': the process ended with exit code 7",
+        130: "reward 'c': no answer within 3 s",
+        199: "reward 'c': bad is bad",
+    }
+    assert "KeyError: 'no such thing' (checking_plugin.py" in str(told[70])
+    assert checks.faults([]) == []
+    assert "check returned 0 values for 1 rows" in str(checks.faults(prompts(["short"]))[0])
+    assert set((tmp_path / "prepared").read_text().split()) == {"once"}
+
+
+def test_answers_reach_the_scores(checks: Scorer) -> None:
+    (scored,) = checks.score([group(["right", "lost", "none"], answer="right")])
+    assert [r.scores["c"] for r in scored.rollouts] == [
+        Score(1.0, "ok", "", "3"),
+        Score(None, "error", "why", "4"),
+        Score(None, "skipped"),
+    ]
+    assert [r.scores["exact_match"].answer for r in scored.rollouts] == ["right", "lost", "none"]
+
+
+def test_without_a_check_no_row_has_a_fault(scorer: Callable[..., Scorer]) -> None:
+    with scorer("reward", EXACT) as it:
+        assert it.faults(prompts(["a", "b"])) == [None, None]
+        assert pids_of(it) and all(w.needs is None for w in it._pool._workers), "nobody was waited for"
+
+
 def test_workers_do_not_import_torch(scorer: Callable[..., Scorer], lab: Path) -> None:
     (lab / "look.py").write_text(
         "import sys\ndef heavy(completions, **c): return [float(len({'torch', 'numpy', 'trl'} & sys.modules.keys()))]"

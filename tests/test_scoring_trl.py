@@ -1,6 +1,5 @@
 """TRL's own reward functions, by dotted path and unchanged; what we compute ourselves agrees with them."""
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,16 +61,10 @@ def test_length_shaping_agrees_with_trl(length: int) -> None:
 
 
 def test_accuracy_reward() -> None:
-    """With math-verify it judges, without it every completion is an error that says what to install: never a 0."""
     chat = [{"role": "user", "content": "half?"}]
     texts = [r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}"]
     with Scorer([RewardSpec("accuracy", function="trl.rewards.accuracy_reward")], timeout_s=60) as scorer:
         (scored,) = scorer.score([group(texts, chat, solution=r"$\frac{1}{2}$")])
         (vague,) = scorer.score([group(texts[:1], chat, solution="no formula")])
-    scores = [r.scores["accuracy"] for r in scored.rollouts]
-    if importlib.util.find_spec("math_verify"):
-        assert [s.value for s in scores] == [1.0, 0.0]
-        assert vague.rollouts[0].scores["accuracy"].status == "skipped"
-    else:
-        assert [(s.value, s.status) for s in scores] == [(None, "error")] * 2
-        assert "math_verify" in scores[0].detail
+    assert [r.scores["accuracy"].value for r in scored.rollouts] == [1.0, 0.0]
+    assert vague.rollouts[0].scores["accuracy"].status == "skipped"

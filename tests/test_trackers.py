@@ -16,7 +16,7 @@ from alignment.trackers import TensorBoardSink, WandbSink, make_sinks, redact
 RECIPE = """
 run: {name: small, sinks: [jsonl, console, tensorboard, {name: wandb, project: lab, mode: offline}]}
 model: {build: {alphabet: "0123456789"}}
-data: {demonstrations: {name: arithmetic, split: demonstrations}}
+data: {demonstrations: {name: procedural, task: arithmetic, split: demonstrations}}
 stages: [{stage: sft, steps: 3}]
 """
 

@@ -83,7 +83,7 @@ def contents(run: str) -> dict[str, bytes | dict[str, Any]]:
 def lines(run: str) -> list[dict[str, Any]]:
     """``metrics.jsonl`` without what a clock said."""
     found = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "tokens_per_s")
+    timed = ("time", "tokens_per_s", "rollouts_per_s")
     return [{k: v for k, v in line.items() if not k.startswith("time/") and k not in timed} for line in found]
 
 
@@ -206,6 +206,20 @@ def test_an_edited_recipe_is_refused_with_both_values(tmp_path):
     assert "stages.1.learner.lr" in str(refused.value) and "0.001" in str(refused.value) and "0.5" in str(refused.value)
     allowed = tiny(tmp_path, {"run": {"save_every": 3, "sinks": ["jsonl", "tensorboard"]}, "evaluation": {"every": 3}})
     assert alignment.train(allowed)["status"] == "complete"
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    rows = [json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) for i in range(10)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(rows))
+    recipe = write(tmp_path)
+    overrides = ["data.train={name: dataset, path: train.jsonl}"]
+    assert alignment.train(recipe, overrides=overrides, sinks=[Recorder(5)])["status"] == "interrupted"
+    file.write_text("\n".join(rows[::-1]))
+    with pytest.raises(UserError, match=r"trained on other rows of data.train; .*--fresh"):
+        alignment.train(recipe, overrides=overrides)
+    file.write_text("\n".join(rows))
+    assert alignment.train(recipe, overrides=overrides)["status"] == "complete"
 
 
 def test_a_finished_stage_keeps_its_length(tmp_path):

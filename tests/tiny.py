@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 from alignment.algorithms.state import fresh
 from alignment.checkpoint import Checkpoints
+from alignment.data import load_data
 from alignment.job import Job
 from alignment.metrics import Sinks
 from alignment.models import load_model
@@ -17,8 +18,8 @@ from alignment.recipe import OnlineStage, Recipe, load
 from alignment.runs import open_run
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop
-from alignment.trainer import _data
 
+SUMS: dict[str, Any] = {"name": "procedural", "task": {"name": "arithmetic", "sizes": [9]}}
 RECIPE: dict[str, Any] = {
     "run": {
         "name": "tiny",
@@ -41,9 +42,9 @@ RECIPE: dict[str, Any] = {
         }
     },
     "data": {
-        "train": {"name": "arithmetic", "split": "train", "max_operand": 9},
-        "demonstrations": {"name": "arithmetic", "split": "demonstrations", "max_operand": 9},
-        "eval": {"name": "arithmetic", "split": "eval", "max_operand": 9, "size": 6},
+        "train": SUMS | {"split": "train"},
+        "demonstrations": SUMS | {"split": "demonstrations"},
+        "eval": SUMS | {"split": "eval", "size": 6},
         "max_prompt_tokens": 8,
     },
     "rewards": ["exact_match"],
@@ -94,10 +95,8 @@ def online_job(recipe: Recipe, stage: OnlineStage) -> Iterator[Job]:
         scorer = stack.enter_context(Scorer.from_recipe(recipe))
         model = load_model(recipe.model, recipe.run.seed)
         recipe = recipe.model_copy(update={"stages": (stage,)})
-        sinks = Sinks([])
-        job = Job(
-            recipe, run, model, scorer, Checkpoints(run.checkpoints, 3), sinks, GracefulStop(), *_data(recipe, model)
-        )
+        data = load_data(recipe, model, scorer)
+        job = Job(recipe, run, model, scorer, Checkpoints(run.checkpoints, 3), Sinks([]), GracefulStop(), data)
         job.learner = stage.learner.build(model, stage.steps, 0, stage.needs_reference)
         job.sampler = stage.sampler.build(job.learner.module)
         job.state = replace(job.state, components=fresh(stage.components()))

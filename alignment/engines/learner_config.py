@@ -88,9 +88,9 @@ class TorchLearnerConfig:
     micro_batch_tokens: Annotated[
         int, option("most tokens of one forward and backward pass, padding included", unit="tokens", ge=1)
     ] = 16384
-    logits_chunk_tokens: Annotated[
-        int, option("most tokens whose logits over the vocabulary exist at once", unit="tokens", ge=1)
-    ] = 2048
+    logits_chunk_mb: Annotated[
+        float, option("most memory of the logits over the vocabulary that exist at once", unit="MiB", gt=0)
+    ] = 128.0
     max_skipped_steps: Annotated[
         int,
         option(

@@ -1,9 +1,10 @@
 """Log-probabilities and entropies of the tokens that are trained on, without the whole ``[B, T, V]`` of logits.
 
 The body of a causal language model gives hidden states; only those that precede a trained token go through the
-output embeddings, a chunk at a time, and a chunk's logits are computed again in the backward pass. That is right
-only where logits are the output embeddings of the body's hidden states and nothing else. Some architectures cap,
-scale or shift them, so this is tried once, and where it does not hold the model's own logits are used.
+output embeddings, a chunk at a time, and a chunk's logits are computed again in the backward pass: by hand where the
+output embeddings are a plain linear layer (:mod:`alignment.engines.chunked_head`), by checkpointing where they are not.
+That is right only where logits are the output embeddings of the body's hidden states and nothing else. Some
+architectures cap, scale or shift them, so this is tried once, and where it does not hold the model's own logits are used.
 
 Suffixes beside the legend of :mod:`alignment.types`: N trained tokens of a micro-batch, H the size of a hidden state.
 """
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from alignment.engines.chunked_head import ChunkedHead
 from alignment.types import Batch
 
 log = logging.getLogger(__name__)
 Entropy = Literal["none", "value", "gradient"]
+MOST_CHUNK_TOKENS = 2048
+"""Matrix products of more tokens at once are no quicker, and smaller chunks stay in a processor's caches."""
 
 
 @contextmanager
@@ -41,15 +45,15 @@ class LogProbs:
 
     Args:
         module: A transformers causal language model, possibly wrapped by peft.
-        chunk_tokens: Most tokens whose logits exist at once.
+        chunk_mb: Most memory, in MiB, of the logits that exist at once, or those of one token if they alone take more.
         autocast: Whether matrix products run in bfloat16. The softmax is in float32 either way.
 
     Attributes:
         slow_reason: Why the model's own full logits are used (more memory), or None where they are not.
     """
 
-    def __init__(self, module: nn.Module, chunk_tokens: int, autocast: bool = False) -> None:
-        self.module, self.chunk_tokens, self.autocast = module, chunk_tokens, autocast
+    def __init__(self, module: nn.Module, chunk_mb: float, autocast: bool = False) -> None:
+        self.module, self.chunk_mb, self.autocast = module, chunk_mb, autocast
         inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
         self.body: nn.Module = inner.base_model
         self.head: nn.Module | None = inner.get_output_embeddings()
@@ -74,8 +78,8 @@ class LogProbs:
         row_N, previous_N = batch.loss_mask_BT[:, 1:].nonzero(as_tuple=True)
         token_N = batch.ids_BT[row_N, previous_N + 1]
         temperature_N = batch.temperature_B[row_N]
-        # The last token predicts nothing that is trained on.
-        inputs = {"input_ids": batch.ids_BT[:, :-1], "attention_mask": self._attention_mask(batch), "use_cache": False}
+        # The last token predicts nothing that is trained on. No mask: causal attention hides the padding on the right.
+        inputs = {"input_ids": batch.ids_BT[:, :-1], "use_cache": False}
         device = batch.ids_BT.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
             if self.slow_reason is not None:
@@ -92,22 +96,32 @@ class LogProbs:
         entropy_N = torch.cat([e for _, e in parts if e is not None])
         return logp_BT, empty_BT.index_put((row_N, previous_N + 1), entropy_N)
 
-    def _attention_mask(self, batch: Batch) -> Tensor:
-        return (torch.arange(batch.ids_BT.shape[1] - 1, device=batch.ids_BT.device) < batch.length_B[:, None]).long()
-
     def _chunks(
         self, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         assert self.head is not None
+        weight: Any = self.head.weight
+        dtype = torch.bfloat16 if self.autocast else weight.dtype
+        chunk = int(self.chunk_mb * 2**20 / (dtype.itemsize * weight.shape[0]))
+        chunk = min(max(1, chunk), MOST_CHUNK_TOKENS)
+        if _is_plain(self.head):
+            yield ChunkedHead.apply(hidden_NH, weight, token_N, temperature_N, chunk, dtype, entropy)  # pyright: ignore[reportReturnType]
+            return
         # With one chunk its logits are all there is in either case: computing them again would save nothing.
-        again = torch.is_grad_enabled() and len(token_N) > self.chunk_tokens
-        for start in range(0, max(1, len(token_N)), self.chunk_tokens):
-            part = slice(start, start + self.chunk_tokens)
+        again = torch.is_grad_enabled() and len(token_N) > chunk
+        for start in range(0, max(1, len(token_N)), chunk):
+            part = slice(start, start + chunk)
             args = (self.head, hidden_NH[part], token_N[part], temperature_N[part], entropy)
             if again:
                 yield checkpoint(_score_hidden, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
             else:
                 yield _score_hidden(*args)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether ``head(x)`` is ``x`` times its weight, without a bias, an adapter or anything hooked onto it."""
+    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is None and not hooks
 
 
 def _score_hidden(

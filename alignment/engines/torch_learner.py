@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alignment.algorithms.objective import combine
 from alignment.batching import micro_batches, per_micro_batch, split_minibatches
+from alignment.engines.cpu import float32_attention, keep_freed_memory
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.logprobs import Entropy, LogProbs, evaluating
 from alignment.engines.optimizer import Slot
@@ -76,6 +77,8 @@ class TorchLearner:
         self.config, self.total_updates, self.seed = config, total_updates, seed
         name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.device = torch.device(name)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.module = module.to(self.device).eval()
         self.trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.trained:
@@ -85,7 +88,7 @@ class TorchLearner:
             module.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
         else:  # an earlier learner of the same module may have turned it on
             module.gradient_checkpointing_disable()  # pyright: ignore[reportCallIssue]
-        self.logprobs = LogProbs(module, config.logits_chunk_tokens, config.autocast == "bfloat16")
+        self.logprobs = LogProbs(module, config.logits_chunk_mb, config.autocast == "bfloat16")
         self.slots: dict[str, Slot] = {MAIN_SLOT: Slot(self.trained, config, total_updates)}
         self.roles: dict[str, Role] = {}
         self.reference: dict[str, Tensor] | None = None
@@ -123,7 +126,8 @@ class TorchLearner:
         if needs - known:
             raise ValueError(f"nothing provides {sorted(needs - known)}; this learner provides {sorted(known)}")
         moved, budget, fields = batch.to(self.device), self.config.micro_batch_tokens, dict[str, Tensor]()
-        with torch.no_grad(), evaluating(self.module, *(r.module for r in self.roles.values())):
+        modules = [self.module, *(r.module for r in self.roles.values())]
+        with torch.no_grad(), evaluating(*modules), self._attention():
             if needs & {"old_logp", "entropy"}:
                 wanted = {f"{need}_BT" for need in needs & {"old_logp", "entropy"}}
                 scored = per_micro_batch(moved, budget, lambda micro: self._annotate_policy(micro, "entropy" in needs))
@@ -265,12 +269,16 @@ class TorchLearner:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of a mini-batch, accumulated over its micro-batches; its loss and sums."""
         total, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
-        for _, micro in micro_batches(minibatch, self.config.micro_batch_tokens):
-            loss, parts = loss_of(micro)
-            loss.backward()
-            total += loss.detach()
-            sums = combine(sums, parts)
+        with self._attention():
+            for _, micro in micro_batches(minibatch, self.config.micro_batch_tokens):
+                loss, parts = loss_of(micro)
+                loss.backward()
+                total += loss.detach()
+                sums = combine(sums, parts)
         return total, sums
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return float32_attention(self.device, self.config.autocast == "bfloat16")
 
     # Persistence
 

@@ -281,7 +281,10 @@ class _GrowingLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.room = (key_states[:, :, :0], value_states[:, :, :0])
+        # Attention would convert the whole cache at every token: keys leave their rotation in float32.
+        device = key_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.room = (key_states[:, :, :0].to(dtype), value_states[:, :, :0].to(dtype))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object

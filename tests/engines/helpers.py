@@ -41,6 +41,11 @@ def tiny(architecture: str = "Qwen3", seed: int = 0, **options: Any) -> nn.Modul
     return module.eval()
 
 
+def chunk_mb(tokens: int, vocabulary: int = 19) -> float:
+    """What ``logits_chunk_mb`` must be for chunks of ``tokens`` in float32."""
+    return (tokens + 0.5) * 4 * vocabulary / 2**20
+
+
 def make_batch(rows: int = 8, seed: int = 0, group_size: int = 2, width: int = 11) -> Batch:
     """Rows of several lengths and temperatures, one of them unscored, with advantages and two reward components."""
     g = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from alignment.engines.logprobs import LogProbs
 from alignment.types import Batch
-from tests.engines.helpers import make_batch, tiny, widen
+from tests.engines.helpers import chunk_mb, make_batch, tiny, widen
 
 PLAIN = ["Qwen2", "Qwen3", "Llama", "GPT2"]
 PROCESSED = {
@@ -41,7 +41,7 @@ def expected(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("chunk_tokens", [3, 1000])
 def test_equals_the_models_own_logits_at_the_rows_temperature(architecture: str, chunk_tokens: int) -> None:
     module, batch = tiny(architecture), make_batch()
-    logprobs = LogProbs(module, chunk_tokens)
+    logprobs = LogProbs(module, chunk_mb(chunk_tokens))
     assert logprobs.slow_reason is None
     with torch.no_grad():
         logp_BT, entropy_BT = logprobs(widen(batch, 4), "value")
@@ -60,7 +60,7 @@ def test_a_model_that_changes_its_logits_is_noticed_and_computed_right(
     options, reason = PROCESSED[architecture]
     module, batch = tiny(architecture, **options), make_batch()
     with caplog.at_level(logging.WARNING):
-        logprobs = LogProbs(module, 3)
+        logprobs = LogProbs(module, chunk_mb(3))
     assert logprobs.slow_reason is not None and reason in logprobs.slow_reason
     assert architecture in caplog.text and reason in caplog.text
     logp_BT, entropy_BT = logprobs(batch, "value")
@@ -74,7 +74,7 @@ def test_a_cap_is_noticed_even_where_it_does_nothing_yet() -> None:
     with torch.no_grad():
         for p in module.parameters():
             p.mul_(0.01)
-    assert LogProbs(module, 3).slow_reason is not None
+    assert LogProbs(module, chunk_mb(3)).slow_reason is not None
 
 
 class Halving(Qwen3ForCausalLM):
@@ -88,7 +88,7 @@ def test_hidden_states_changed_before_the_head_are_noticed() -> None:
     plain, batch = tiny("Qwen3"), make_batch()
     module = Halving(plain.config).eval()
     module.load_state_dict(plain.state_dict())
-    logprobs = LogProbs(module, 3)
+    logprobs = LogProbs(module, chunk_mb(3))
     assert logprobs.slow_reason is not None and "changes hidden states" in logprobs.slow_reason
     torch.testing.assert_close(logprobs(batch)[0], expected(module, batch)[0], rtol=1e-5, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_gradients_equal_those_of_the_full_logits(entropy: str) -> None:
 
     want = gradients(*expected(module, batch))
     for chunk_tokens in (3, 1000):
-        logp_BT, entropy_BT = LogProbs(module, chunk_tokens)(batch, entropy)  # pyright: ignore[reportArgumentType]
+        logp_BT, entropy_BT = LogProbs(module, chunk_mb(chunk_tokens))(batch, entropy)  # pyright: ignore[reportArgumentType]
         assert (entropy_BT is None) == (entropy == "none")
         if entropy_BT is not None:
             assert entropy_BT.requires_grad == (entropy == "gradient")
@@ -123,7 +123,7 @@ def test_no_tensor_holds_the_vocabulary_for_more_tokens_than_a_chunk() -> None:
         widest = max(widest, output.numel() // 500)
 
     module.get_submodule("lm_head").register_forward_hook(watch)
-    logprobs = LogProbs(module, 4)
+    logprobs = LogProbs(module, chunk_mb(4))
     widest = 0
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -137,13 +137,13 @@ def test_no_tensor_holds_the_vocabulary_for_more_tokens_than_a_chunk() -> None:
 def test_works_through_peft() -> None:
     module, batch = tiny(), make_batch()
     with torch.no_grad():
-        plain, _ = LogProbs(module, 5)(batch)
+        plain, _ = LogProbs(module, chunk_mb(5))(batch)
     wrapped = get_peft_model(module, LoraConfig(r=2, target_modules="all-linear"))
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
             if "lora_B" in name:
                 p.normal_()
-    logprobs = LogProbs(wrapped, 5)
+    logprobs = LogProbs(wrapped, chunk_mb(5))
     assert logprobs.slow_reason is None
     with torch.no_grad():
         adapted, _ = logprobs(batch)
@@ -158,8 +158,8 @@ def test_works_through_peft() -> None:
 def test_bfloat16_autocast_is_close_to_float32() -> None:
     module, batch = tiny(), make_batch()
     with torch.no_grad():
-        exact, exact_entropy = LogProbs(module, 5)(batch, "value")
-        rough, rough_entropy = LogProbs(module, 5, autocast=True)(batch, "value")
+        exact, exact_entropy = LogProbs(module, chunk_mb(5))(batch, "value")
+        rough, rough_entropy = LogProbs(module, chunk_mb(5), autocast=True)(batch, "value")
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.1
     assert exact_entropy is not None and rough_entropy is not None
@@ -169,7 +169,7 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
 def test_nothing_to_train_on_gives_zeros() -> None:
     batch = make_batch()
     batch = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
-    logp_BT, entropy_BT = LogProbs(tiny(), 5)(batch, "value")
+    logp_BT, entropy_BT = LogProbs(tiny(), chunk_mb(5))(batch, "value")
     assert entropy_BT is not None
     assert not logp_BT.any() and not entropy_BT.any()
 
@@ -181,7 +181,7 @@ def test_looking_at_a_model_changes_neither_its_mode_nor_the_global_random_numbe
     torch.manual_seed(1)
     want = torch.rand(3)
     torch.manual_seed(1)
-    LogProbs(module, 5)
+    LogProbs(module, chunk_mb(5))
     assert torch.equal(torch.rand(3), want)
     assert [m.training for m in module.modules()] == modes
     assert not module.get_submodule("lm_head")._forward_hooks

@@ -10,7 +10,18 @@ from torch import Tensor
 from alignment.engines.learner_config import TorchLearnerConfig, learners
 from alignment.engines.torch_learner import TorchLearner
 from alignment.types import Batch
-from tests.engines.helpers import Reinforce, assert_close, grpo, learner_of, lora, make_batch, tiny, weights, widen
+from tests.engines.helpers import (
+    Reinforce,
+    assert_close,
+    chunk_mb,
+    grpo,
+    learner_of,
+    lora,
+    make_batch,
+    tiny,
+    weights,
+    widen,
+)
 
 
 def gradients(learner: TorchLearner, batch: Batch, objective: Any) -> tuple[float, dict[str, Tensor]]:
@@ -42,12 +53,12 @@ def test_split_padding_and_order_of_rows_change_nothing(objective: Any) -> None:
     batch = annotated(make_batch(rows=12))
     variants = [
         (batch, {"micro_batch_tokens": 11}),
-        (batch, {"micro_batch_tokens": 40, "logits_chunk_tokens": 2}),
+        (batch, {"micro_batch_tokens": 40, "logits_chunk_mb": chunk_mb(2)}),
         (widen_annotated(batch), {}),
         (batch.rows(torch.randperm(12, generator=torch.Generator().manual_seed(1))), {"micro_batch_tokens": 30}),
         (batch, {"gradient_checkpointing": True}),
     ]
-    plain: dict[str, Any] = {"micro_batch_tokens": 10_000, "logits_chunk_tokens": 10_000}
+    plain: dict[str, Any] = {"micro_batch_tokens": 10_000, "logits_chunk_mb": 100}
     loss, gradient = gradients(learner_of(tiny(), **plain), batch, objective)
     reference = learner_of(tiny(), **plain)
     want = [reference.update(batch, objective) for _ in range(3)]
@@ -71,7 +82,7 @@ def widen_annotated(batch: Batch) -> Batch:
 
 def test_the_gradient_is_that_of_the_models_own_logits() -> None:
     batch, module = make_batch(), tiny()
-    _, gradient = gradients(learner_of(tiny(), micro_batch_tokens=22, logits_chunk_tokens=3), batch, Reinforce())
+    _, gradient = gradients(learner_of(tiny(), micro_batch_tokens=22, logits_chunk_mb=chunk_mb(3)), batch, Reinforce())
     logits = module(input_ids=batch.ids_BT, attention_mask=(batch.ids_BT > 0).long()).logits
     logp = (logits / batch.temperature_B[:, None, None]).log_softmax(-1)[:, :-1]
     logp_BT = logp.gather(-1, batch.ids_BT[:, 1:, None])[..., 0]

@@ -40,6 +40,7 @@ def test_exact_match() -> None:
     assert [(s.value, s.status) for s in found] == [
         (1.0, "ok"), (1.0, "ok"), (0.0, "wrong"), (0.0, "wrong"), (0.0, "wrong"), (None, "skipped"),
     ]  # fmt: skip
+    assert [s.answer for s in found] == ["42", "42", "042", "42!", "", None]
     assert values(ExactMatch(column="gold"), ["7"], gold=[7], answer=["8"]) == [1.0]
 
 
@@ -103,6 +104,7 @@ def test_numeric_match() -> None:
     assert [(s.value, s.status) for s in found] == [
         (1.0, "ok"), (1.0, "ok"), (0.0, "wrong"), (0.0, "unparseable"), (None, "skipped"), (None, "skipped"),
     ]  # fmt: skip
+    assert [s.answer for s in found] == ["1/2", "1/2", "51/100", None, None, None]
 
 
 def test_numeric_tolerances() -> None:

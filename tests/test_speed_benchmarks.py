@@ -1,0 +1,26 @@
+"""The speed benchmarks run, write what the runner collects, and the report shows it. Their numbers prove nothing here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+
+
+def test_the_runner_keeps_what_a_benchmark_measured_and_the_report_shows_it(tmp_path):
+    out = tmp_path / "results.json"
+    done = run("benchmarks/run.py", "--quick", "--only", "controller", "--threads", 1, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (name, found), *others = json.loads(out.read_text())["benchmarks"].items()
+    assert (name, others, found["exit_code"]) == ("controller", [], 0)
+    per_rollout = [value for table in found["tables"] for row in table["rows"] for value in row.values()]
+    assert any(isinstance(value, float) and value > 0 for value in per_rollout)
+    page = run("benchmarks/report.py", out).stdout
+    assert found["title"] in page and "these numbers show that the benchmarks work, nothing else" in page
