@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from alignment.batching import collate
 from alignment.checkpoint import Checkpoints, Saved, save_state
-from alignment.data import LoadedData
+from alignment.data.load import LoadedData
 from alignment.durable import digest
 from alignment.engines.torch_learner import TorchLearner
 from alignment.engines.transformers_sampler import TransformersSampler

@@ -42,8 +42,8 @@ class Sink(Protocol):
 
         Args:
             run: ``name``, ``folder``, ``recipe`` (resolved, JSON values), ``stages`` (a list of ``{name, stage,
-                steps}``), ``data`` (what :func:`alignment.data.load_data` says of each section) and ``resumed_from``
-                (the step of the checkpoint, or None).
+                steps}``), ``data`` (what was found in each section) and ``resumed_from`` (the step of the checkpoint, or
+                None).
         """
         ...
 

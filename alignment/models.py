@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from alignment.data.hub import locate_model, names_folder
 from alignment.errors import UserError
-from alignment.hub import locate_model, names_folder
 
 if TYPE_CHECKING:
     from alignment.recipe_sections import Build, Lora, ModelConfig

@@ -8,9 +8,9 @@ from typing import Any
 
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
-from alignment.data import SECTIONS, Section, accepted, read_section
+from alignment.data.hub import names_folder
+from alignment.data.load import SECTIONS, Section, accepted, read_section
 from alignment.errors import UserError
-from alignment.hub import names_folder
 from alignment.model_size import Shape, memory_bytes
 from alignment.recipe import ModelConfig, OnlineStage, Recipe, SftStage, Stage
 from alignment.recipe_tree import Problem, RecipeError
@@ -55,7 +55,7 @@ class Plan:
     parameters: int | None
     trainable: int | None
     data: Mapping[str, Mapping[str, Any]]
-    """:meth:`alignment.data.Section.report` of each section, as far as it is known without the model."""
+    """:meth:`alignment.data.load.Section.report` of each section, as far as it is known without the model."""
     stages: tuple[StagePlan, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, to_json
 
-from alignment import dataset_source, procedural, reasoning_gym_source  # noqa: F401 - they register sources
+from alignment.data import files, procedural, reasoning_gym  # noqa: F401 - they register sources
+from alignment.data.sources import Source, sources
 from alignment.registry import component
 from alignment.reward_registry import RewardFunction, RewardSpec, reward_functions
-from alignment.sources import Source, sources
 from alignment.types import SamplingParams
 
 Count = Annotated[int, Field(ge=1)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.algorithms.state import fresh
 from alignment.checkpoint import Checkpoints, Saved, load_state
-from alignment.data import LoadedData, load_data
+from alignment.data.load import LoadedData, load_data
 from alignment.errors import UserError
 from alignment.evaluation.evaluate import Evaluation
 from alignment.export import load_policy

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from alignment.data.reasoning_gym_tasks import make, quietly, refusal
 from alignment.errors import UserError
-from alignment.reasoning_gym_tasks import make, quietly, refusal
 from alignment.registry import option
 from alignment.reward_registry import reward_functions, texts
 from alignment.score import Score

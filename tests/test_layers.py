@@ -17,7 +17,8 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 HEAVY = {"transformers", "peft", "trl", "datasets", "accelerate"}
 CLUSTER = {"vllm", "deepspeed", "ray"}
 TOP = {f"alignment.{name}" for name in ("cli", "recipe", "trainer", "online", "offline", "job")}
-BELOW = "algorithms engines tasks curricula environments sources batching registry types errors".split()
+BELOW = "algorithms engines tasks curricula environments batching registry types errors".split()
+BELOW += [f"data/{name}" for name in ("sources", "rows", "files", "hub", "procedural", "reasoning_gym")]
 FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "torch.load", "os.system", "__import__"}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=NAMES)

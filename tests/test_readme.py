@@ -68,7 +68,8 @@ def test_the_recipe_of_the_readme_checks_but_for_the_lab_it_does_not_have(tmp_pa
     (tmp_path / "my_lab/rewards.py").write_text(
         "def short(completions, **_):\n    return [-len(c) for c in completions]\n"
     )
-    assert load([path]).stages[0].steps == 500
+    code = f"from alignment.recipe import load; print(load([{str(path)!r}]).stages[0].steps)"
+    assert run([sys.executable, "-c", code], tmp_path).strip() == "500"
 
 
 def test_the_mistake_in_the_readme_is_told_as_it_says(tmp_path):

@@ -1,4 +1,4 @@
-"""The speed benchmarks run, write what the runner collects, and the report shows it. Their numbers prove nothing here."""
+"""The speed benchmarks run, write what the runner collects, and the report shows it. Their numbers prove nothing."""
 
 import json
 import os

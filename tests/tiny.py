@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from alignment.algorithms.state import fresh
 from alignment.checkpoint import Checkpoints
-from alignment.data import load_data
+from alignment.data.load import load_data
 from alignment.job import Job
 from alignment.metrics import Sinks
 from alignment.models import load_model

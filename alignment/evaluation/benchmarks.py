@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import alignment.tasks  # noqa: F401 - registers them
-from alignment.dataset_source import DatasetSource
+from alignment.data.files import DatasetSource
+from alignment.data.procedural import Procedural
+from alignment.data.sources import Dataset, Source
 from alignment.errors import UserError
-from alignment.procedural import Procedural
 from alignment.recipe_errors import did_you_mean
 from alignment.recipe_sections import EvaluationSampling
 from alignment.recipe_values import plain_values
 from alignment.registry import Registry, component, option
 from alignment.reward_registry import RewardFunction, RewardSpec, reward_functions
-from alignment.sources import Dataset, Source
 from alignment.tasks.levels import problems
 from alignment.tasks.task import Task, tasks
 from alignment.types import Prompt

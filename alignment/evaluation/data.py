@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from alignment.data.rows import shown
+from alignment.data.sources import Dataset, describe
 from alignment.durable import digest
 from alignment.errors import UserError
 from alignment.evaluation.benchmarks import Chosen
 from alignment.models import Tokenizer, encode_prompts
-from alignment.rows import shown
 from alignment.scoring import Scorer
-from alignment.sources import Dataset, describe
 from alignment.types import Prompt, keyed_seed
 from rewards.extraction import gold_texts
 

@@ -5,10 +5,10 @@ from typing import Literal
 
 import torch
 
+from alignment.data.hub import names_folder
 from alignment.durable import digest
 from alignment.errors import UserError
 from alignment.export import load_run
-from alignment.hub import names_folder
 from alignment.models import Model, load_model
 from alignment.recipe_sections import ModelConfig
 from alignment.runs import resolve

@@ -13,9 +13,7 @@ from pydantic import Field
 from alignment.registry import option
 from alignment.tasks.task import Problem, characters, tasks
 
-MODULI: Mapping[int, tuple[int, ...]] = MappingProxyType(
-    {1: (10,), 2: (11, 20, 50, 99), 3: (13, 17, 19)}
-)
+MODULI: Mapping[int, tuple[int, ...]] = MappingProxyType({1: (10,), 2: (11, 20, 50, 99), 3: (13, 17, 19)})
 """Moduli by what finding a remainder takes: 1 the last digit, 2 the last two digits or a sum over pairs of digits,
 3 long division."""
 
@@ -78,7 +76,7 @@ class Modular:
     All prompts of a level are equally long. What differs is the modulus (:data:`MODULI`): by 10 the last digit is the
     remainder, by 13 there is no short cut. The column ``hidden_difficulty``, 1 to 3, says which; it is for looking back
     at what a curriculum found out by itself, and no reward and no curriculum reads it. A model of 0.6 M parameters
-    that was shown 9,000 problems of level 1 in 1,800 steps then solved 100 %, 74 % and 8 % of others, by difficulty.
+    that was shown 9,000 problems of level 1 in 1,800 steps then solved 100 %, 67 % and 17 % of others, by difficulty.
     """
 
     sizes: Annotated[

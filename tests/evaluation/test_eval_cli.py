@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 
 from alignment.evaluation.benchmarks import benchmarks
-from alignment.procedural import Procedural
+from alignment.data.procedural import Procedural
 from alignment.reward_registry import reward_functions
 from alignment.tasks.task import tasks
 from rewards import ExactMatch

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from alignment.data.reasoning_gym import ReasoningGym as Source
+from alignment.data.reasoning_gym_tasks import ALLOWED, EXCLUDED, make, refusal
+from alignment.data.sources import sources
 from alignment.errors import UserError
-from alignment.reasoning_gym_source import ReasoningGym as Source
-from alignment.reasoning_gym_tasks import ALLOWED, EXCLUDED, make, refusal
 from alignment.reward_registry import RewardSpec
 from alignment.scoring import Scorer
-from alignment.sources import sources
 from alignment.types import Prompt
 from rewards import ReasoningGym
 
@@ -116,7 +116,7 @@ def test_the_answer_may_stand_in_tags():
 
 CODE = """
 import hashlib, json, sys
-from alignment.reasoning_gym_tasks import make
+from alignment.data.reasoning_gym_tasks import make
 items = [make(task, {}, 3_000_000, 100)[i] for task in sys.argv[1:] for i in range(4)]
 sys.stdout.write(hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest())
 """
@@ -203,7 +203,7 @@ def test_other_mistakes_are_told():
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
-    from alignment import reasoning_gym_tasks
+    from alignment.data import reasoning_gym_tasks
 
     reasoning_gym_tasks._made.cache_clear()
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from alignment.reasoning_gym_tasks import ALLOWED
+from alignment.data.reasoning_gym_tasks import ALLOWED
 from alignment.recipe import load
 from alignment.tasks.levels import level_table
 from alignment.tasks.task import tasks

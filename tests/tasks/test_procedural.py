@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from alignment.data.procedural import Procedural
+from alignment.data.sources import describe, sources
 from alignment.errors import UserError
-from alignment.procedural import Procedural
 from alignment.recipe import load
 from alignment.registry import registry_of
-from alignment.sources import describe, sources
 from alignment.tasks.arithmetic import Arithmetic
 from alignment.tasks.countdown import Countdown
 from alignment.tasks.number_theory import Gcd

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import alignment
-from alignment.sources import sources
+from alignment.data.sources import sources
 from alignment.tasks.task import tasks
 from tests.tiny import write
 

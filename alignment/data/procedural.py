@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from alignment.data.sources import Dataset, sources
 from alignment.errors import UserError
 from alignment.registry import component, option
-from alignment.sources import Dataset, sources
 from alignment.tasks.levels import PATIENCE, enumerated, problems
 from alignment.tasks.task import Problem, Split, Task, tasks
 from alignment.types import Prompt

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal, TypeGuard
 
+from alignment.data.sources import Dataset
 from alignment.errors import UserError
-from alignment.sources import Dataset
 from alignment.types import Prompt
 
 Layout = Literal["plain", "verl", "openrlhf"]

@@ -10,7 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 import alignment
-from alignment.data import LoadedData, accepted, load_data, read_section
+from alignment.data.load import LoadedData, accepted, load_data, read_section
+from alignment.data.sources import describe
 from alignment.errors import UserError
 from alignment.models import encode_prompt, encode_prompts, load_model
 from alignment.plan import make_plan
@@ -18,7 +19,6 @@ from alignment.recipe import Recipe, load
 from alignment.recipe_sections import Build, ModelConfig
 from alignment.recipe_tree import RecipeError
 from alignment.scoring import Scorer
-from alignment.sources import describe
 from tests.tiny import RECIPE, merged
 
 SOUND = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.dataset_source import DatasetSource
+from alignment.data.files import DatasetSource
+from alignment.data.rows import Columns, fill
+from alignment.data.sources import sources
 from alignment.errors import UserError
-from alignment.rows import Columns, fill
-from alignment.sources import sources
 from alignment.types import prompt_key
 
 QUESTION = "What is 6 times 7?"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from alignment.data.rows import RawRow
 from alignment.errors import UserError
-from alignment.rows import RawRow
 
 HUB_TIMEOUT_S = 5.0
 

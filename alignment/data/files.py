@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from alignment.data.hub import load_rows, names_folder
+from alignment.data.rows import Columns, Layout, RawRow, template_columns, to_dataset
+from alignment.data.sources import Dataset, sources
 from alignment.errors import UserError
-from alignment.hub import load_rows, names_folder
 from alignment.registry import option
-from alignment.rows import Columns, Layout, RawRow, template_columns, to_dataset
-from alignment.sources import Dataset, sources
 from alignment.types import keyed_seed
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.hub_server import COMMIT, REPOSITORY, hub
+from tests.data.hub_server import COMMIT, REPOSITORY, hub
 
 NOBODY = "http://127.0.0.1:9"
 CODE = """
 import json, sys, time
 from pathlib import Path
-from alignment.dataset_source import sources
+from alignment.data.files import sources
 
 found = []
 for options in json.loads(sys.argv[1]):

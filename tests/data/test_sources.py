@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 import alignment.recipe  # noqa: F401 - registers all sources
-from alignment.dataset_source import DatasetSource
+from alignment.data.files import DatasetSource
+from alignment.data.sources import Source, describe, sources
 from alignment.errors import UserError
-from alignment.sources import Source, describe, sources
 
 HERE = Path()
 SPLITS = ("train", "demonstrations", "eval")

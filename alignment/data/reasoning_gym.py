@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from alignment.data.reasoning_gym_tasks import make, quietly, refusal
+from alignment.data.sources import Dataset, sources
 from alignment.errors import UserError
-from alignment.reasoning_gym_tasks import make, quietly, refusal
 from alignment.registry import option
-from alignment.sources import Dataset, sources
 from alignment.tasks.task import Split, split_name
 from alignment.types import Prompt, prompt_key
 

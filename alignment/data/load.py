@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from alignment.data.rows import shown
+from alignment.data.sources import describe
 from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.models import Messages, Model, Tokenizer, encode_prompt, encode_prompts, stop_ids
 from alignment.recipe import OnlineStage, Recipe
-from alignment.rows import shown
-from alignment.sources import describe
 from alignment.types import Preference, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
