@@ -14,6 +14,11 @@ from torch import Tensor
 
 from alignment.types import RATIO_BASES, SOURCES, Batch, Group, Rollout, keyed_seed
 
+ENOUGH_TOKENS = 4096
+"""Of a micro-batch: with more, a pass over it is hardly quicker per token."""
+SIMILAR = 0.8
+"""How long the other rows of such a micro-batch must be, as a share of its longest."""
+
 
 def collate(
     groups: Sequence[Group],
@@ -93,7 +98,8 @@ def plan_micro_batches(length_B: Tensor, max_tokens: int) -> list[Tensor]:
     """Row indices of micro-batches: every row once, similar lengths together, the longest first.
 
     A micro-batch of ``n`` rows costs ``n * (its longest row)`` tokens, padding included, and that never exceeds
-    ``max_tokens``. The longest come first so that a lack of memory shows at once.
+    ``max_tokens``. One that has :data:`ENOUGH_TOKENS` takes no more rows that are much shorter. The longest come first
+    so that a lack of memory shows at once.
 
     Raises:
         ValueError: One row alone is over the budget.
@@ -104,12 +110,15 @@ def plan_micro_batches(length_B: Tensor, max_tokens: int) -> list[Tensor]:
             f"a row of {int(lengths[0])} tokens does not fit micro_batch_tokens = {max_tokens}; "
             f"set micro_batch_tokens to {int(lengths[0])} or more, or make prompts and completions shorter"
         )
-    order = order.to(length_B.device)
+    order, sizes = order.to(length_B.device), [max(1, n) for n in lengths.tolist()]
     plan, start = [], 0
-    while start < len(lengths):
-        rows = max_tokens // max(1, int(lengths[start]))
-        plan.append(order[start : start + rows])
-        start += rows
+    while start < len(sizes):
+        longest = sizes[start]
+        end = start + max_tokens // longest
+        enough = start + -(-ENOUGH_TOKENS // longest)
+        end = next((i for i in range(enough, min(end, len(sizes))) if sizes[i] < SIMILAR * longest), end)
+        plan.append(order[start:end])
+        start = end
     return plan
 
 

@@ -42,8 +42,7 @@ class Sink(Protocol):
 
         Args:
             run: ``name``, ``folder``, ``recipe`` (resolved, JSON values), ``stages`` (a list of ``{name, stage,
-                steps}``), ``data`` (what was found in each section) and ``resumed_from`` (the step of the checkpoint, or
-                None).
+                steps}``), ``data`` (what each section holds) and ``resumed_from`` (a checkpoint's step, or None).
         """
         ...
 

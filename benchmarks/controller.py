@@ -39,7 +39,7 @@ from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
 from alignment.batching import split_minibatches
 from alignment.checkpoint import Checkpoints
-from alignment.data import LoadedData
+from alignment.data.load import LoadedData
 from alignment.flight import Watched
 from alignment.job import Job
 from alignment.metrics import Phases, Record, Sinks

@@ -121,6 +121,15 @@ def test_similar_lengths_go_together() -> None:
     assert [rows.tolist() for rows in plan] == [[1, 3], [2, 0, 4]]
 
 
+def test_a_micro_batch_that_is_large_enough_leaves_much_shorter_rows_to_the_next() -> None:
+    # Five rows of 1000 are over ENOUGH_TOKENS (4096); 850 is still similar to 1000, 700 is not, nor is 500 to 700.
+    lengths = torch.tensor([500] * 9 + [1000] * 5 + [850] + [700] * 6)
+    plan = [lengths[rows].tolist() for rows in plan_micro_batches(lengths, 16_384)]
+    assert plan == [[1000] * 5 + [850], [700] * 6, [500] * 9]
+    # Below that, the budget decides alone.
+    assert len(plan_micro_batches(torch.tensor([1000, 10, 10, 10]), 16_384)) == 1
+
+
 def test_a_row_over_the_budget_is_an_error_with_both_numbers() -> None:
     with pytest.raises(ValueError, match=r"a row of 31 tokens does not fit micro_batch_tokens = 30; set .* to 31"):
         plan_micro_batches(torch.tensor([3, 31]), 30)

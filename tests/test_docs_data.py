@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from ruamel.yaml import YAML
-from tests.data.test_dataset_rows import VERL
 
 from alignment.data.files import DatasetSource
 from alignment.data.load import SECTIONS, read_section
 from alignment.recipe import Recipe, load
+from tests.data.test_dataset_rows import VERL
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/data.md").read_text()

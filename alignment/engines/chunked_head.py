@@ -69,7 +69,7 @@ class ChunkedHead(torch.autograd.Function):
                     logp_N[rows], normaliser_N[rows], entropy_n = _normalise(
                         logits_nV[block], scratch_2nV, token_n, temperature_n, entropy != "none"
                     )
-                    if entropy_N is not None:
+                    if entropy_N is not None and entropy_n is not None:
                         entropy_N[rows] = entropy_n
                     if at_once:
                         g_n = 1 / temperature_n
@@ -85,12 +85,13 @@ class ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_N: Tensor | None, e_N: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_logp_N: Tensor | None, d_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, token_N, temperature_N, normaliser_N, entropy_N, known_NH = ctx.saved_tensors
-        g_N = torch.zeros_like(normaliser_N) if g_N is None else g_N
+        d_logp_N = torch.zeros_like(normaliser_N) if d_logp_N is None else d_logp_N
         if known_NH is not None:
-            return (known_NH * g_N[:, None].to(known_NH.dtype), *[None] * 6)
-        g_N, e_N = g_N / temperature_N, None if e_N is None else e_N / temperature_N
+            return (known_NH * d_logp_N[:, None].to(known_NH.dtype), *[None] * 6)
+        g_N: Tensor = d_logp_N / temperature_N
+        e_N = None if d_entropy_N is None else d_entropy_N / temperature_N
         weight, logits_nV = weight_VH.to(ctx.dtype), hidden_NH.new_empty(0, dtype=ctx.dtype)
         d_hidden_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         d_weight_VH = torch.zeros_like(weight_VH, dtype=g_N.dtype) if ctx.needs_input_grad[1] else None

@@ -1,42 +1,58 @@
-"""What makes training on a CPU quicker without changing what is computed (beyond rounding)."""
+"""What makes training on a CPU quicker."""
 
-import ctypes
-import sys
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# From malloc.h of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+SMALL_FLOP = {False: 25e6, True: 150e6}
+"""Of a matrix product (in float32, in bfloat16): waking a sleeping thread to share it takes longer than that saves."""
 
 
-def keep_freed_memory() -> bool:
-    """Tells glibc's allocator to keep what this process frees for its next allocations; False where there is no glibc.
+@contextmanager
+def fitting_threads(device: torch.device, flop: float, autocast: bool) -> Iterator[None]:
+    """One thread inside, on a CPU, where a typical matrix product of ``flop`` is small and idle threads sleep.
 
-    By default it hands blocks of 32 MiB and more back to the system at once, and with them the work of clearing every
-    page when the same block is asked for again a moment later. That was a fifth of an update. The price is that the
-    process stays as large as its peak.
+    Decoding is thousands of small products one after another. Whether threads sleep is what ``OMP_WAIT_POLICY`` says;
+    importing ``alignment`` sets it to ``PASSIVE`` if it is not set.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    sleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" and "GOMP_SPINCOUNT" not in os.environ
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or not sleep or threads == 1 or flop >= SMALL_FLOP[autocast]:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
 def float32_attention(device: torch.device, autocast: bool) -> Iterator[None]:
     """Runs scaled dot-product attention in float32 inside, where bfloat16 autocast would run it on a CPU.
 
-    PyTorch's backward pass of attention on a CPU is four times slower in bfloat16 than in float32. Backward passes
-    belong inside as well: gradient checkpointing computes attention there.
+    PyTorch's backward pass of attention on a CPU is four times slower in bfloat16 than in float32.
     """
     if not (autocast and device.type == "cpu"):
         yield
         return
     with _Float32Attention():
         yield
+
+
+def checkpoint_contexts(
+    device: torch.device, autocast: bool
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint``: what is computed again in the backward pass has to be as it was at first.
+
+    The first pass is inside :func:`float32_attention` anyway; a backward pass cannot be, as PyTorch turns modes off.
+    """
+    return nullcontext(), float32_attention(device, autocast)
 
 
 class _Float32Attention(TorchFunctionMode):
@@ -55,4 +71,4 @@ class _Float32Attention(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

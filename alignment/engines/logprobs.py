@@ -4,7 +4,8 @@ The body of a causal language model gives hidden states; only those that precede
 output embeddings, a chunk at a time, and a chunk's logits are computed again in the backward pass: by hand where the
 output embeddings are a plain linear layer (:mod:`alignment.engines.chunked_head`), by checkpointing where they are not.
 That is right only where logits are the output embeddings of the body's hidden states and nothing else. Some
-architectures cap, scale or shift them, so this is tried once, and where it does not hold the model's own logits are used.
+architectures cap, scale or shift them, so this is tried once, and where it does not hold the model's own logits are
+used.
 
 Suffixes beside the legend of :mod:`alignment.types`: N trained tokens of a micro-batch, H the size of a hidden state.
 """

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from alignment.algorithms.objective import combine
 from alignment.batching import micro_batches, per_micro_batch, split_minibatches
-from alignment.engines.cpu import float32_attention, keep_freed_memory
+from alignment.engines.cpu import checkpoint_contexts, float32_attention
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.logprobs import Entropy, LogProbs, evaluating
 from alignment.engines.optimizer import Slot
@@ -77,15 +78,14 @@ class TorchLearner:
         self.config, self.total_updates, self.seed = config, total_updates, seed
         name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.device = torch.device(name)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.module = module.to(self.device).eval()
         self.trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
         self.has_adapter = hasattr(module, "disable_adapter")
         if config.gradient_checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+            contexts = partial(checkpoint_contexts, self.device, config.autocast == "bfloat16")
+            module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # pyright: ignore[reportCallIssue]
         else:  # an earlier learner of the same module may have turned it on
             module.gradient_checkpointing_disable()  # pyright: ignore[reportCallIssue]
         self.logprobs = LogProbs(module, config.logits_chunk_mb, config.autocast == "bfloat16")
@@ -269,12 +269,12 @@ class TorchLearner:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of a mini-batch, accumulated over its micro-batches; its loss and sums."""
         total, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
-        with self._attention():
-            for _, micro in micro_batches(minibatch, self.config.micro_batch_tokens):
+        for _, micro in micro_batches(minibatch, self.config.micro_batch_tokens):
+            with self._attention():
                 loss, parts = loss_of(micro)
-                loss.backward()
-                total += loss.detach()
-                sums = combine(sums, parts)
+            loss.backward()
+            total += loss.detach()
+            sums = combine(sums, parts)
         return total, sums
 
     def _attention(self) -> AbstractContextManager[None]:

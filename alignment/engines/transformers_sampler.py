@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from alignment.engines.config import TransformersSamplerConfig
+from alignment.engines.cpu import fitting_threads
 from alignment.engines.logprobs import evaluating
 from alignment.errors import UserError
 from alignment.types import Completion, Request
@@ -48,6 +49,9 @@ class TransformersSampler:
         self.takes_positions = "position_ids" in accepted
         # Logits of a whole prompt over a large vocabulary are gigabytes; only the last position is sampled from.
         self.last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        sizes = [m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)]
+        self.flop_per_token = 2 * sum(sizes) / max(1, len(sizes))
+        """Of a typical matrix product."""
         self.max_positions: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
 
     def submit(self, requests: Sequence[Request]) -> Iterator[Completion]:
@@ -162,14 +166,16 @@ class _Chunk:
     def _forward(self, ids: Tensor, cache: DynamicCache, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Logits ``[rows, V]`` of the token after ``ids``, in float32; ``cache`` grows by ``ids``."""
         extra = {"position_ids": positions} if self.sampler.takes_positions else {}
-        out = self.sampler.module(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **extra,
-            **self.sampler.last_logit_only,
-        )
+        flop = ids.numel() * self.sampler.flop_per_token
+        with fitting_threads(self.device, flop, self.sampler.config.autocast == "bfloat16"):
+            out = self.sampler.module(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **extra,
+                **self.sampler.last_logit_only,
+            )
         return out.logits[:, -1].float()
 
     def _sample(self, logits_MV: Tensor) -> Tensor:
@@ -240,7 +246,7 @@ def draw(logits_MV: Tensor, temperature_M: Tensor, uniform_M: Tensor) -> tuple[T
         Tokens (int64) and their log-probabilities (float32) under the distribution that was inverted.
     """
     logp_MV = (logits_MV / _divisor(temperature_M)[:, None]).log_softmax(dim=1)
-    cdf_MV = logp_MV.double().exp().cumsum(1)
+    cdf_MV = logp_MV.exp().cumsum(1, dtype=torch.float64)
     # Below the total, since no uniform number is above 1 - 2^-53; and to the right of equal values of the distribution
     # function: a token of probability 0 is never chosen.
     target_M1 = uniform_M[:, None] * cdf_MV[:, -1:]

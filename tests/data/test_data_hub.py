@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.data.hub_server import COMMIT, REPOSITORY, hub
 
 NOBODY = "http://127.0.0.1:9"

@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from alignment.engines.logprobs import LogProbs
 from alignment.types import Batch
-from tests.engines.helpers import chunk_mb, make_batch, tiny, widen
+from tests.engines.helpers import assert_close, chunk_mb, make_batch, tiny, widen
 
 PLAIN = ["Qwen2", "Qwen3", "Llama", "GPT2"]
 PROCESSED = {
@@ -93,9 +94,18 @@ def test_hidden_states_changed_before_the_head_are_noticed() -> None:
     torch.testing.assert_close(logprobs(batch)[0], expected(module, batch)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"sliding_window": 3}, {"sliding_window": 3, "attn_implementation": "eager"}])
+def test_padding_is_not_seen_through_a_sliding_window_either(options: dict[str, Any]) -> None:
+    module, batch = tiny("Mistral", **options), make_batch()
+    logp_BT, _ = LogProbs(module, chunk_mb(5))(widen(batch, 4))
+    torch.testing.assert_close(logp_BT[:, :11], expected(module, batch)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("entropy", ["none", "value", "gradient"])
-def test_gradients_equal_those_of_the_full_logits(entropy: str) -> None:
-    module, batch = tiny(), make_batch()
+def test_gradients_equal_those_of_the_full_logits(entropy: str, tied: bool) -> None:
+    module, batch = tiny(tie_word_embeddings=tied), make_batch()
+    assert (module.get_submodule("lm_head").weight is module.get_submodule("model.embed_tokens").weight) == tied
     adv_BT = batch.adv_BT
     assert adv_BT is not None
 
@@ -114,24 +124,55 @@ def test_gradients_equal_those_of_the_full_logits(entropy: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_no_tensor_holds_the_vocabulary_for_more_tokens_than_a_chunk() -> None:
+class Widest(TorchDispatchMode):
+    """Notes the largest tensor over a vocabulary of 500 that any operation gives, other than the weights' own size."""
+
+    tokens = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor) and tensor.ndim and 500 in tensor.shape and tensor.numel() != 500 * 16:
+                self.tokens = max(self.tokens, tensor.numel() // 500)
+        return out
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_no_tensor_holds_the_vocabulary_for_more_tokens_than_a_chunk(plain: bool) -> None:
     module, batch = tiny(vocab_size=500), make_batch()
-    widest = 0
-
-    def watch(_head: nn.Module, _inputs: object, output: Tensor) -> None:
-        nonlocal widest
-        widest = max(widest, output.numel() // 500)
-
-    module.get_submodule("lm_head").register_forward_hook(watch)
-    logprobs = LogProbs(module, chunk_mb(4))
-    widest = 0
+    if not plain:  # what is hooked is called, so it is no plain linear layer
+        module.get_submodule("lm_head").register_forward_hook(lambda *_: None)
+    logprobs = LogProbs(module, chunk_mb(4, 500))
     saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    noting = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
+    with noting, Widest() as seen:
         logp_BT, _ = logprobs(batch, "value")
-    assert widest == 4
-    assert max(saved) <= max(p.numel() for p in module.parameters())  # weights, no logits
-    assert not [n for n in saved if n % 500 == 0 and n not in {p.numel() for p in module.parameters()}]
-    logp_BT.sum().backward()
+    assert batch.loss_mask_BT.sum() > 20
+    assert seen.tokens in ((4, 8) if plain else (4,))  # on the way, two more blocks of the size of a chunk
+    weights = {p.numel() for p in module.parameters()}
+    assert not [n for n in saved if n % 500 == 0 and n not in weights]
+    with Widest() as seen:
+        logp_BT.sum().backward()
+    assert seen.tokens in (4, 8)
+
+
+def test_a_head_with_an_adapter_has_the_gradients_of_the_full_logits() -> None:
+    batch, grown = make_batch(), []
+    for chunk in (None, 3):
+        module = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                if "lora_" in name:
+                    p.normal_()
+        logp_BT, entropy_BT = (
+            expected(module, batch) if chunk is None else LogProbs(module, chunk_mb(chunk))(batch, "gradient")
+        )
+        assert entropy_BT is not None
+        (logp_BT.sum() + (entropy_BT**2).sum()).backward()
+        grown.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+    assert "base_model.model.lm_head.lora_A.default.weight" in grown[0] and all(g.any() for g in grown[0].values())
+    assert_close(grown[1], grown[0], rtol=1e-4)
 
 
 def test_works_through_peft() -> None:
