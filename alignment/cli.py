@@ -194,6 +194,9 @@ def eval_(
     batch_rows: Annotated[int, typer.Option(min=1, help="Completions sampled together.")] = 32,
     workers: Annotated[int, typer.Option(min=1, help="Processes that score.")] = 1,
     dtype: Annotated[Text, typer.Option(metavar="float32|bfloat16", help="Of the weights.")] = None,
+    settings: Annotated[
+        Several, typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Change a benchmark's option; repeatable.")
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two --output folders.")
     ] = None,
@@ -212,6 +215,7 @@ def eval_(
     selection = evaluation.selection(chat, limit, max_prompt_tokens)
     options = evaluation.options(checkpoint, tasks, data or [], samples, temperature, max_tokens, selection, dtype)
     options = replace(options, seed=seed, output=output, batch_rows=batch_rows, workers=workers, plugins=plugins or [])
+    options = replace(options, settings=evaluation.settings(settings or []))
     raise typer.Exit(evaluation.evaluate(options, as_json))
 
 

@@ -80,6 +80,16 @@ class Shape:
         return self.layers * sum(lora.rank * (inputs + outputs) for inputs, outputs in self.linears)
 
 
+def max_positions(model: ModelConfig) -> int | None:
+    """The longest sequence that the ``config.json`` in the folder ``model.path`` allows, in tokens; None without one,
+    and where it does not say."""
+    file = Path(model.path or "") / "config.json"
+    if model.path is None or not file.is_file():
+        return None
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("max_position_embeddings")
+
+
 def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_tokens: int) -> dict[str, int]:
     """An estimate of what one step keeps in memory at its peak, in bytes, by what it is for.
 

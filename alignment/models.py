@@ -69,6 +69,21 @@ def load_model(config: "ModelConfig", seed: int) -> Model:
     return model
 
 
+def load_tokenizer(config: "ModelConfig") -> Tokenizer:
+    """The tokenizer of ``config.path`` without the model.
+
+    Raises:
+        UserError: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    place, trust = _locate(str(config.path), config.revision), config.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(place, revision=config.revision, trust_remote_code=trust)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"model.path {config.path}: {error}") from error
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[int, ...]:
     """Tokens of ``prompt``: text as it stands, chat messages through the chat template up to the assistant's turn.
 

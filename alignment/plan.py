@@ -9,9 +9,11 @@ from typing import Any
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
 from alignment.data.hub import names_folder
-from alignment.data.load import SECTIONS, Section, accepted, read_section
+from alignment.data.load import SECTIONS, Section, accepted, longest_prompt, read_section
 from alignment.errors import UserError
-from alignment.model_size import Shape, memory_bytes
+from alignment.model_size import Shape, max_positions, memory_bytes
+from alignment.models import load_tokenizer
+from alignment.positions import demands, too_long
 from alignment.recipe import ModelConfig, OnlineStage, Recipe, SftStage, Stage
 from alignment.recipe_tree import Problem, RecipeError
 from alignment.registry import REGISTRIES
@@ -67,14 +69,15 @@ def make_plan(recipe: Recipe) -> Plan:
     """Loads the recipe's data and works out what each stage does.
 
     Raises:
-        RecipeError: Data cannot be read, a prompt does not suit the recipe, or there is no such folder of a model;
-            each at the line that names it.
+        RecipeError: Data cannot be read, a prompt does not suit the recipe, there is no such folder of a model, or
+            completions do not fit its positions; each at the line that names it.
     """
     model = recipe.located_model()
     data, problems = _data(recipe)
     if model.path is not None and names_folder(model.path) and not Path(model.path).is_dir():
         message = f"there is no folder {model.path}, neither beside the recipe in {recipe.folder} nor in {Path.cwd()}"
         problems += recipe.error(("model", "path"), message).problems
+    problems = problems or _lengths(recipe, model, data)
     if problems:
         raise RecipeError(problems)
     shape = Shape.of(model)
@@ -107,6 +110,21 @@ def _data(recipe: Recipe) -> tuple[dict[str, Section], list[Problem]]:
         except UserError as error:
             problems += recipe.error(("data", name), str(error).removeprefix(f"data.{name}: ")).problems
     return data, problems
+
+
+def _lengths(recipe: Recipe, model: ModelConfig, data: Mapping[str, Section]) -> list[Problem]:
+    """What does not fit the positions of a model in a folder. Its tokenizer is loaded only where it is in doubt."""
+    positions = max_positions(model)
+    bound = {name: recipe.data.max_prompt_tokens for name in data}
+    if not too_long(recipe, positions, bound):
+        return []
+    try:
+        tokenizer = load_tokenizer(model)
+        found = {name: longest_prompt(data[name], recipe, tokenizer) for name in demands(recipe) if name in data}
+    except UserError as error:
+        place = ("data",) if str(error).startswith("data.") else ("model", "path")
+        return recipe.error(place, str(error)).problems
+    return too_long(recipe, positions, {name: length for name, length in found.items() if length is not None})
 
 
 def _readable(section: Section, recipe: Recipe) -> Section:

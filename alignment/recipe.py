@@ -188,15 +188,15 @@ class Recipe(Section):
 
     def error(self, place: Place, message: str) -> RecipeError:
         """An error about the value at ``place``, with its file and line."""
-        assert self._root is not None, "the recipe was loaded from files"
-        return RecipeError([Problem(mark_of(self._root, place), place, message)])
+        root = self._root or Node({}, Mark("recipe"))  # one that was made in Python has no file
+        return RecipeError([Problem(mark_of(root, place), place, message)])
 
 
 def load(paths: Sequence[Path | str], overrides: Sequence[str] = (), beside: Path | None = None) -> Recipe:
     """The recipe that files and overrides describe.
 
-    Files merge from left to right and overrides come last: mappings merge key by key, anything else replaces. The
-    recipe's plugins are imported first, so that they can register components.
+    Files merge from left to right and overrides come last: mappings merge key by key, anything else replaces,
+    an empty mapping too. The recipe's plugins are imported first, so that they can register components.
 
     Args:
         paths: YAML files.
@@ -254,6 +254,8 @@ def _read(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[Node, list[P
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", paths[0].stem).lstrip("._-")[:100] or "run"
     named = Node({"run": Node({"name": Node(stem, root.mark)}, root.mark)}, root.mark)
     run = root.value.get("run")
+    if run is not None and not run.value and isinstance(run.value, dict):
+        root = Node({key: child for key, child in root.value.items() if key != "run"}, root.mark)
     return (root if run is not None and not isinstance(run.value, dict) else merge(named, root)), problems
 
 

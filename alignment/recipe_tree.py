@@ -1,7 +1,7 @@
 """A recipe's values as a tree in which each remembers who said it, and the mistakes found in it.
 
-Trees merge: mappings key by key, while scalars and lists replace; a component whose ``name`` changes is replaced, so
-that options of one method never leak into another.
+Trees merge: mappings key by key, while scalars, lists and empty mappings replace; a component whose ``name`` changes
+is replaced, so that options of one method never leak into another.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,14 +65,16 @@ def dotted(place: Place) -> str:
 def merge(base: Node, over: Node, place: Place = ()) -> Node:
     """``over`` laid on ``base``; a mapping laid on a list changes the items that its keys number.
 
+    An empty mapping replaces what was there, as ``field_map={}`` means; only an empty file changes nothing.
+
     Raises:
         RecipeError: A key is not the number of an item of the list.
     """
-    if not isinstance(over.value, dict):
-        return over
+    if not isinstance(over.value, dict) or not over.value:
+        return base if over.value == {} and not place else over
     if isinstance(base.value, str) and "name" not in over.value:
         base = Node({"name": base}, base.mark)
-    if isinstance(base.value, list) and over.value:
+    if isinstance(base.value, list):
         items = list(base.value)
         numbers = {str(index): index for index in range(len(items))}
         if odd := [

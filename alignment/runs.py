@@ -158,7 +158,8 @@ def open_run(output: str | Path, name: str, *, fresh: bool = False) -> Iterator[
         fresh: An earlier run of this name is put aside as ``NAME.1``, ``NAME.2``...; nothing is deleted.
 
     Raises:
-        UserError: The name cannot be a folder inside ``output``, or another process writes the run.
+        UserError: The name cannot be a folder inside ``output``, the folder cannot be made, or another process
+            writes the run.
     """
     if not NAME.fullmatch(name):
         raise UserError(
@@ -172,7 +173,11 @@ def open_run(output: str | Path, name: str, *, fresh: bool = False) -> Iterator[
             if any(path.name != LOCK for path in run.folder.iterdir()):
                 free = (run.folder.with_name(f"{name}.{i}") for i in count(1))
                 run.folder.rename(next(path for path in free if not path.exists()))
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot make the folder {run.folder}: {reason}; choose another run.output") from error
     with run.locked():
         yield run
 

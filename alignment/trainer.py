@@ -17,7 +17,8 @@ from alignment.metrics import Sink, Sinks, StageResult, build_result
 from alignment.models import load_model
 from alignment.offline import train_supervised
 from alignment.online import train_online
-from alignment.recipe import OnlineStage, Recipe, differences, load
+from alignment.positions import max_positions, too_long
+from alignment.recipe import OnlineStage, Recipe, RecipeError, differences, load
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
@@ -62,7 +63,7 @@ def train(
         ``data``, ``folder``, ``files``; and ``exit_code``: 0, 130 after Ctrl-C, 75 after SIGTERM.
 
     Raises:
-        RecipeError: The recipe is wrong; every mistake at once.
+        RecipeError: The recipe is wrong; every mistake at once. Or completions do not fit the model's positions.
         UserError: The run cannot start, continue or finish for a reason that the user can mend.
     """
     if not isinstance(recipe, Recipe):
@@ -101,6 +102,8 @@ def _run(
         if saved is None and init_from is not None:
             load_policy(model, init_from, recipe.run.output)
         data = load_data(recipe, model, scorer)
+        if problems := too_long(recipe, max_positions(model.module), data.longest):
+            raise RecipeError(problems)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)
         if saved is not None:
             job.resume(saved)

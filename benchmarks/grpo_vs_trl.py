@@ -7,6 +7,7 @@ of a 2048 x 2048 x 2048 matrix product, measured in the same run.
 
     python benchmarks/grpo_vs_trl.py
     python benchmarks/grpo_vs_trl.py --precision bfloat16 --steps 20
+    python benchmarks/grpo_vs_trl.py --sleep       # on a machine that others use as well
 """
 
 import json
@@ -55,17 +56,19 @@ NOT_EQUAL = [
     "Ours draws prompts in a shuffled order; TRL, here, in the order of the file.",
     "Ours scores in a worker process, records its sampler's log-probabilities, writes metrics, rollouts every tenth "
     "step and the flight recorder at every one; TRL calls the reward in its own process and writes nothing.",
-    "Ours lets idle threads sleep (its default), TRL has PyTorch's default, which lets them spin for a moment.",
+    "Ours lets idle threads sleep (its default); TRL has PyTorch's default, which lets them spin for a moment and "
+    "costs time on a busy machine (`--sleep` takes that difference away).",
 ]
 
 
 class Side:
     """A side's process. A context manager that ends it."""
 
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
+    def __init__(self, name: str, folder: Path, threads: int, sleep: bool) -> None:
         self.name = name
         command = [sys.executable, str(Path(__file__).with_name("grpo_sides.py")), name, str(folder)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE"} if sleep else {}
         self._log = (folder / f"{name}.log").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
@@ -96,14 +99,14 @@ class Side:
         raise SystemExit(f"{self.name} ended early:\n{self._log.read()[-4000:]}")
 
 
-def measure(work: Work) -> dict[str, list[dict[str, Any]]]:
+def measure(work: Work, sleep: bool) -> dict[str, list[dict[str, Any]]]:
     """All steps of both sides, in lockstep."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folders = {side: Path(name) / side for side in SIDES}
         for folder in folders.values():
             folder.mkdir()
             grpo_work.prepare(folder, work)
-        sides = [stack.enter_context(Side(side, folders[side], work.threads)) for side in SIDES]
+        sides = [stack.enter_context(Side(side, folders[side], work.threads, sleep)) for side in SIDES]
         starts = {side.name: side.answer()["checksum"] for side in sides}
         assert len(set(starts.values())) == 1, f"the two sides start from other weights: {starts}"
         steps: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -188,8 +191,11 @@ def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--precision", nargs="+", choices=GOALS, default=[*GOALS])
     parser.add_argument("--steps", type=int, help="measured steps of each side")
+    parser.add_argument("--sleep", action="store_true", help="idle threads sleep on TRL's side, too")
     args = parser.parse_args()
     import torch
+
+    busy = os.getloadavg()[0]
 
     base = replace(QUICK if args.quick else Work(), threads=torch.get_num_threads())
     base = replace(base, measured_steps=args.steps or base.measured_steps)
@@ -197,7 +203,7 @@ def main() -> None:
     for precision in args.precision:
         work = replace(base, precision=precision)
         gflop_per_s = rate(precision, work.threads, 256 if args.quick else 2048)
-        steps = measure(work)
+        steps = measure(work, args.sleep)
         shown += tables(work, steps, gflop_per_s)
         apart.append(mismatch(work, steps))
         found, goal = ratio(work, steps), GOALS[precision]
@@ -205,10 +211,11 @@ def main() -> None:
         if not args.quick:
             goals.append({"what": what, "goal": goal, "measured": f"{found:.2f}", "met": found >= goal})
     shown.append({"title": "Our sampler beside our learner", "rows": apart})
+    settings = {name: value for name, value in asdict(base).items() if name not in ("precision", "threads")}
     harness.finish(
         {
             "title": "A GRPO step beside TRL's",
-            "settings": {name: value for name, value in asdict(base).items() if name not in ("precision", "threads")},
+            "settings": settings | {"load average before": round(busy, 2), "TRL's idle threads sleep": args.sleep},
             "tables": shown,
             "equal": EQUAL,
             "not_equal": NOT_EQUAL,

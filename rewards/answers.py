@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal, get_args
 
-from rewards.latex import closes_at_end, normalise, number, top_level
+from rewards.latex import closes_at_end, normalise, number, plain_characters, top_level
 
 Tier = Literal["string", "number", "symbolic"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -20,8 +20,21 @@ _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _WORD = re.compile(r"[^\W\d_]{3}")
 _LETTER = re.compile(r"\(?([A-Za-z])[).]?")
 _JOINED = re.compile(r"(?:\\(?:text|mbox)\s*\{)?\s(?:and|or)\s(?:\s*\})?|,\s*(?:and|or)\s")
-_PLAIN_UNIT = re.compile(r"([-+$0-9.,/]*[0-9])\s+(?!(?:or|and|to|if|plus|minus|times)\b)[A-Za-z]{2}[A-Za-z ./]*")
-_UNIT = re.compile(r"(.+?)(?:\\text\{(?!\s*[ied]\s*\})[^{}]*\}(?:\^[23])?|\^\\circ|\^\{\\circ\}(?:[CF](?![a-z]))?)+")
+_NO_UNIT = (
+    r"(?:or|and|to|if|plus|minus|times|dozens?|hundreds?|thousands?|(?:m|b|tr|quadr)illions?|tenths?|hundredths?"
+    r"|thousandths?|millionths?|half|halves|thirds?|percent|per cent|squared|cubed|factorial)\b"
+)
+_PLAIN_UNIT = re.compile(
+    rf"((?:[A-Za-z]\s*=\s*)?[-+$0-9.,/]*[0-9])\s+(?![A-Za-z ./]*?\b{_NO_UNIT})[A-Za-z]{{2}}[A-Za-z ./]*", re.IGNORECASE
+)
+_PER_CENT = re.compile(r"(?<=[0-9}])\s*(?:\\(?:text|mbox)\s*\{\s*per ?cent\s*\}|per ?cent)\s*$", re.IGNORECASE)
+_MANY = r"(?:hundred|thousand|dozen|(?:m|b|tr)illion)"
+_UNIT_TEXT = rf"\\text\{{(?!\s*[ied]\s*\}})(?![^{{}}]*?(?<![A-Za-z])(?i:{_NO_UNIT}|{_MANY}))(?:[^{{}}0-9,]|\^[23])*\}}"
+_UNIT = re.compile(rf"(.+?)(?:{_UNIT_TEXT}(?:\^[23])?|\^\\circ|\^\{{\\circ\}}(?:[CF](?![a-z]))?)+")
+_END = re.compile(r"(?:\\[,;:! ]|(?<!\\)[.,;:\s])+$")
+_LETTERS = re.compile(
+    r"(?<!\\)(?<![A-Za-z])[A-Za-z]|\\(?:alpha|beta|gamma|theta|angle|triangle|text|overline|sin|cos|tan)(?![a-z])"
+)
 _PERCENT = re.compile(r"(.+?)\\?%")
 _BASED = re.compile(r"[0-9][0-9A-F]*_(?:[2-9]|\{[1-3][0-9]\})")
 _NAME = re.compile(r"\\?[a-zA-Z]+(?:_(?:\{[^{}]*\}|\w))?(?:\([a-zA-Z,]*\))?")
@@ -65,7 +78,9 @@ def read(text: str) -> Answer | None:
     """The answer that ``text``, LaTeX or not, stands for; None when it is empty or too long to be one."""
     if len(text) > CHARS_MAX:
         return None
-    text = text.strip().rstrip(".,;:").strip()
+    text = _PER_CENT.sub(r"\\%", _END.sub("", plain_characters(text))).strip()
+    while text.startswith("{") and closes_at_end(text):
+        text = text[1:-1].strip()
     words = False
     if match := _WRAPPED.fullmatch(text):
         text, words = match[1].strip(), True
@@ -167,6 +182,8 @@ def match(gold: Answer, given: Answer, same: Callable[[str, str], bool]) -> Tier
     """
     if gold.name and given.name and gold.name != given.name:
         return None
+    if given.equation and not gold.last_side and not _holds(given.equation, same):
+        return None
     if gold.parts and given.parts:
         if gold.kind != given.kind or len(gold.parts) != len(given.parts) or len(gold.parts) > _PARTS_MAX:
             return None
@@ -176,6 +193,19 @@ def match(gold: Answer, given: Answer, same: Callable[[str, str], bool]) -> Tier
         apart = "list" in (gold.kind, given.kind) or plain.number is not None or plain.words
         return "symbolic" if not apart and same(gold.latex, given.latex) else None
     return _match_atoms(gold, given, same)
+
+
+def _holds(equation: str, same: Callable[[str, str], bool]) -> bool:
+    """Whether the sides of an equation are its last one, or names, or, the first one, a quantity: not so ``8=7``."""
+    *sides, last = top_level(equation, "=")
+    value = number(_bare(last)[0])
+    for i, side in enumerate(sides):
+        if _NAME.fullmatch(side) or (i == 0 and _LETTERS.search(side)) or _MEMBER.fullmatch(equation):
+            continue
+        found = number(_bare(side)[0])
+        if not (found == value if found is not None and value is not None else same(last, side)):
+            return False
+    return True
 
 
 def _match_parts(gold: Answer, given: Answer, same: Callable[[str, str], bool]) -> Tier | None:

@@ -14,6 +14,8 @@ from alignment.score import Score
 _SPELLINGS = {"×": "*", "·": "*", "÷": "/", "\N{MINUS SIGN}": "-"}
 _SPELLINGS |= {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\(": " ", r"\)": " "}
 _RUN = re.compile(r"[0-9+\-*/()= ]+")
+_BEFORE, _AFTER = re.compile(r"[\w!^√]$"), re.compile(r"\w|\s*[!^%]")
+"""What touches arithmetic and is part of its meaning: a letter, a digit of another script, an unknown operator."""
 _LINE_MAX = 2000
 """Characters of the last line; a longer one is no answer."""
 
@@ -28,8 +30,9 @@ class Countdown:
     """1 when the completion's last line gives an expression that reaches the target with the given numbers, else 0.
 
     The line may have text around the expression, and ``= target`` after it, but no second expression and no other
-    number: whoever offers several has not answered. Allowed are whole numbers, ``+ - * /``, a leading minus and
-    brackets; division is exact. With ``use: all`` each given number is used exactly once, with ``any`` at most once.
+    number: whoever offers several has not answered. Nor may a letter, ``!`` or ``^`` touch it. Allowed are whole
+    numbers, ``+ - * /``, a leading minus and brackets; division is exact. With ``use: all`` each given number is used
+    exactly once, with ``any`` at most once.
     """
 
     use: Annotated[Literal["all", "any"], option("all: each number exactly once; any: at most once")] = "all"
@@ -70,6 +73,8 @@ class Countdown:
         found = list(_expressions(line)) if len(line) <= _LINE_MAX else []
         if len(found) != 1:
             return Score(0.0, "unparseable", f"the last line has {len(found)} expressions, not one")
+        if found[0] is None:
+            return Score(0.0, "unparseable", "a letter or another sign touches the expression")
         expression, equals, claimed = (part.strip() for part in found[0].partition("="))
         try:
             value = evaluate(expression)
@@ -87,13 +92,16 @@ class Countdown:
         return Score(1.0, answer=show(value))
 
 
-def _expressions(line: str) -> Iterator[str]:
-    """What in the line looks like arithmetic: runs of its characters that hold a digit."""
+def _expressions(line: str) -> Iterator[str | None]:
+    """What in the line looks like arithmetic: runs of its characters that hold a digit; None for a touched one."""
     for spelling, plain in _SPELLINGS.items():
         line = line.replace(spelling, plain)
-    for run in _RUN.findall(line):
-        if re.search("[0-9]", run):
-            yield run.lstrip(" )=").rstrip()
+    for found in _RUN.finditer(line):
+        if re.search("[0-9]", found[0]):
+            start = found.end() - len(found[0].lstrip(" )="))
+            end = found.start() + len(found[0].rstrip())
+            touched = _BEFORE.search(line[:start]) or _AFTER.match(line, end)
+            yield None if touched else line[start:end]
 
 
 def _is_whole(value: Any) -> bool:

@@ -10,8 +10,11 @@ AnswerIn = Literal["box", "box_or_number"]
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).){0,1000})</answer>", re.DOTALL)
-_PHRASE = re.compile(r"answer(?: is|:)[ \t]*:?[ \t]*", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\n|\.(?=\s|$)|$")
+_MARKS = "*_`\"'\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+"""Of Markdown, and quotes."""
+_PHRASE = re.compile(rf"answer[{_MARKS}]{{0,3}}(?: is|:)[ \t{_MARKS}]{{0,8}}:?[ \t]*", re.IGNORECASE)
+_SENTENCE_END = re.compile(rf"\n|\.(?=[{_MARKS}]*(?:\s|$))|$")
+_BARE_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _WORDS_MAX = 4
 """A longer sentence after "the answer is" is no answer: the last number in it may be."""
 
@@ -19,12 +22,16 @@ _WORDS_MAX = 4
 def last_box(text: str) -> str | None:
     r"""What stands in the last ``\boxed{...}`` or ``\fbox{...}``; None without one, or when the last is not closed.
 
-    Braces may nest; ``\{`` and ``\}`` do not count. Of nested boxes the innermost of the last is taken.
+    Braces may nest; ``\{`` and ``\}`` do not count. Of nested boxes the innermost of the last is taken. A number needs
+    no braces: ``\boxed 5``.
     """
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     opening = _BOX.match(text, start) if start >= 0 else None
-    if opening is None or not text.startswith("{", opening.end()):
+    if opening is None:
         return None
+    if not text.startswith("{", opening.end()):  # \boxed 5
+        bare = _BARE_NUMBER.match(text, opening.end())
+        return bare[0] if bare else None
     depth = 0
     for brace in _BRACE.finditer(text, opening.end()):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -48,19 +55,24 @@ def given_answer(completion: str, answer_in: AnswerIn) -> str | None:
     if has_box(completion) or answer_in == "box":
         return last_box(completion)
     if "####" in completion:
-        return completion.rpartition("####")[2].strip().partition("\n")[0] or None
+        return _unmarked(completion.rpartition("####")[2].strip().partition("\n")[0]) or None
     if tags := _TAG.findall(completion):
-        return tags[-1].strip() or None
+        return _unmarked(tags[-1]) or None
     phrases = list(_PHRASE.finditer(completion))
     if phrases:
         start = phrases[-1].end()
         end = _SENTENCE_END.search(completion, start)
-        sentence = completion[start : end.start() if end else None].strip()
+        sentence = _unmarked(completion[start : end.start() if end else None])
         if sentence and len(sentence.split()) <= _WORDS_MAX:
             return sentence
         completion = sentence or completion
     number = last_number(completion)
     return None if number is None else str(number)
+
+
+def _unmarked(text: str) -> str:
+    """``text`` without Markdown and quotes around it."""
+    return text.strip().strip(_MARKS).strip()
 
 
 def gold_texts(value: Any) -> tuple[str, ...]:

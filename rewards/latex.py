@@ -1,6 +1,7 @@
 """One spelling for the many ways in which LaTeX writes an answer, and the exact value of those that are numbers."""
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -39,13 +40,21 @@ _DIGITS_MAX = 1000
 """Longer numbers are no answers, and arithmetic on them takes time."""
 
 
+def plain_characters(text: str) -> str:
+    """``text`` without characters that are not seen, and with full-width ones in their usual width."""
+    if text.isascii():
+        return text
+    wide = (unicodedata.normalize("NFKC", c) if "\uff00" <= c <= "\uffef" else c for c in text)
+    return "".join(c for c in wide if unicodedata.category(c) != "Cf")
+
+
 def normalise(latex: str) -> str:
     r"""The spelling that equal answers share, as far as spelling goes: ``\dfrac 12`` and ``\frac{1}{2}`` are one.
 
     Sizes, fonts, spaces, mathematics delimiters and money signs go; what they stand around stays. Arguments of
     fractions and roots get braces, single characters of exponents and indices lose them.
     """
-    text = latex.translate(_SYMBOLS).replace("\\$", "").replace("$", "").strip()
+    text = plain_characters(latex).translate(_SYMBOLS).replace("\\$", "").replace("$", "").strip()
     if text[:2] in ("\\(", "\\["):
         text = text[2:].removesuffix("\\)").removesuffix("\\]")
     text = re.sub(r"\\!\s*", "", text).replace("{,}", ",")
@@ -102,7 +111,10 @@ def number(text: str) -> Fraction | None:
     if len(text) > _DIGITS_MAX:
         return None
     sign = -1 if text[:1] == "-" else 1
-    return next((sign * value for value in _readings(text[1:] if text[:1] in ("-", "+") else text)), None)
+    text = text[1:] if text[:1] in ("-", "+") else text
+    if text.startswith("(") and text.endswith(")"):  # -(3/4)
+        text = text[1:-1]
+    return next((sign * value for value in _readings(text)), None)
 
 
 def _readings(text: str) -> Iterator[Fraction]:

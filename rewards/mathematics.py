@@ -16,6 +16,7 @@ from rewards.symbolic import TooLong, parsed, require_math_verify, same
 
 _MATHEMATICS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NO_FORMULA = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z({])|[?!;:]")
+_DECIMAL = re.compile(r"[-+0-9.,]+")
 _SIDES = re.compile(r"[<>]|\\(?:le|ge|ne|approx|equiv)(?![a-zA-Z])")
 
 
@@ -91,7 +92,9 @@ class Math:
             return Score(None, "timeout", str(error), given.text)
         if tier is None:
             return Score(0.0, "wrong", "", given.text)
-        if tier == "symbolic" and _copied(prompt, gold, given):
+        if given.last_side and not gold.last_side and _stated_equation(prompt, given):
+            return Score(0.0, "wrong", "the question states this equation", given.text)
+        if (tier == "symbolic" and _copied(prompt, gold, given)) or (tier == "number" and _stated(prompt, gold, given)):
             return Score(0.0, "wrong", "the question states this expression", given.text)
         return Score(1.0, "ok", tier, given.text)
 
@@ -127,13 +130,38 @@ def _copied(prompt: Any, gold: Answer, given: Answer) -> bool:
     """
     if sorted(given.latex) == sorted(gold.latex):
         return False
+    wanted = sorted(given.latex)
+    return any(sorted(side) == wanted for formula in _formulas(prompt) for side in _sides(formula))
+
+
+def _stated(prompt: Any, gold: Answer, given: Answer) -> bool:
+    """Whether the question has the number in just this spelling, when the gold answer has it in quite another one.
+
+    Two decimals are one spelling, and so are fractions of the same digits.
+    """
+    if gold.number is None or given.number is None or _form(gold) == _form(given):
+        return False
+    wanted = given.latex + "%" * given.percent
+    return any(side.replace("\\%", "%") == wanted for formula in _formulas(prompt) for side in _sides(formula))
+
+
+def _stated_equation(prompt: Any, given: Answer) -> bool:
+    """Whether the question has the whole equation that is given for its last side."""
+    return any(normalise(formula).rstrip(".,") == given.equation for formula in _formulas(prompt))
+
+
+def _form(answer: Answer) -> str:
+    if answer.percent:
+        return "%"
+    return "decimal" if _DECIMAL.fullmatch(answer.latex) else " ".join(re.findall(r"[0-9]+", answer.latex))
+
+
+def _formulas(prompt: Any) -> list[str]:
     question = (
         prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt if m["role"] == "user")
     )
     formulas = [next(filter(None, groups)) for groups in _MATHEMATICS.findall(question)]
-    formulas = formulas or _NO_FORMULA.split(question)
-    wanted = sorted(given.latex)
-    return any(sorted(side) == wanted for formula in formulas for side in _sides(formula))
+    return formulas or _NO_FORMULA.split(question)
 
 
 def _sides(formula: str) -> list[str]:

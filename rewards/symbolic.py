@@ -1,10 +1,11 @@
 r"""Equality of LaTeX expressions: math-verify reads them, values at fixed points compare them.
 
-Two expressions are equal when their values agree to 1e-15 of their size wherever they are evaluated: at positive points
-that no answer was made for. A decimal such as 1.41421 needs 1e-6. That is stricter than rounding to six places, which
-makes all small numbers equal, and needs no simplification, which may take for ever. Equations are equal when one is a
-constant multiple of the other. What has no value, such as sets, unions of intervals and inequalities, is left to
-math-verify's own comparison.
+Two expressions are equal when their values agree wherever they are evaluated: at positive points that no answer was
+made for. Rational numbers must be the same, other values agree to 1e-40 of the smaller of 1 and their size, and where
+there is a decimal such as 1.41421 to 1e-6 of their size. That is stricter than rounding to six places, which makes all
+small numbers equal, and needs no simplification, which may take for ever. Equations are equal when one is a constant
+multiple of the other. What has no value, such as sets, unions of intervals and inequalities, is left to math-verify's
+own comparison.
 
 Runs in the main thread only, because math-verify stops what takes too long by a signal.
 """
@@ -20,11 +21,19 @@ SECONDS = 2
 """For each reading and each comparison."""
 CHARS_MAX = 400
 _BIG_EXPONENT = 10_000
-TOLERANCE, DECIMAL_TOLERANCE = 1e-15, 1e-6
-"""Relative; the second where a decimal takes part."""
-_POINTS = ((97, 31, 41), (139, 53, 61), (71, 97, 83))
-_STEPS = ((3, 4, 1), (8, 3, 1), (5, 6, 1), (12, 1, 1), (7, 9, 1), (10, 5, 1))
-"""The k-th symbol is (first + k * second) / third; whole numbers where expressions are rounded."""
+_BITS_MAX = 200_000
+"""Of an exact power."""
+_DIGITS_AGREE, _DIGITS_MORE, _DIGITS_MAX = 40, 20, 6000
+"""Decimal places in which values agree, those calculated beyond, and the most for large values."""
+DECIMAL_TOLERANCE = 1e-6
+"""Relative, where a decimal takes part."""
+_POINTS = ((97, 31, 41), (139, 53, 61), (71, 97, 83), (907, -29, 89))
+_STEPS = (
+    *((3, 4, 1), (8, 3, 1), (5, 6, 1), (12, 1, 1), (7, 9, 1), (10, 5, 1), (4, 5, 1), (9, 7, 1), (25, 2, 1), (32, 7, 1)),
+    *((6, 2, 1), (27, 3, 1), (16, -1, 1), (64, -5, 1), (100, -9, 1)),
+)
+"""The k-th symbol is (first + k * second) / third, rising and falling with k; where expressions are rounded, whole
+numbers, squares and powers of two and three among them."""
 _UNFINISHED = re.compile(r"\\(?:sum|prod|int|lim|iint|oint)(?![a-zA-Z])")
 _TOWER = re.compile(r"\^\{[^{}a-zA-Z\\]*\^")
 _EXPONENT = re.compile(r"\^\{?-?([0-9]{5,})")
@@ -67,13 +76,18 @@ def parsed(latex: str) -> Any | None:
     Raises:
         TooLong: It was not done in time.
     """
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
     from math_verify.errors import TimeoutException
+
+    rules = NormalizationConfig(  # units stay: it would take the h of \pi r^2 h for hours
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
 
     try:
         found = parse(
             f"${latex}$",
-            [LatexExtractionConfig()],
+            [LatexExtractionConfig(normalization_config=rules)],
             fallback_mode="no_fallback",
             parsing_timeout=SECONDS,
             raise_on_error=True,
@@ -149,18 +163,26 @@ def _unsolved(found: Any) -> bool:
 
 def _agree(gold: Any, given: Any, multiples: bool) -> bool:
     """Whether two expressions have equal values, or values in one constant ratio, at all points."""
-    from sympy import Abs, Float, I, ceiling, floor, sign
+    from sympy import Abs, Float, I, Integer, Mod, Pow, ceiling, floor, log, sign
 
     gold, given = (each.subs({s: I for s in each.free_symbols if s.name == "i"}) for each in (gold, given))
     symbols = sorted(gold.free_symbols | given.free_symbols, key=lambda s: s.name)
-    tolerance = DECIMAL_TOLERANCE if gold.has(Float) or given.has(Float) else TOLERANCE
+    exact = (None, None) if symbols or multiples else (_rational(gold), _rational(given))
+    if None not in exact:
+        return bool(exact[0] == exact[1])
+    places = _STEPS if gold.has(floor, ceiling, Mod) or given.has(floor, ceiling, Mod) else _POINTS
+    decimal = gold.has(Float) or given.has(Float)
+    logarithms = gold.has(log) and given.has(log)  # whole ones are rounded right only when they are exact
+    logarithms = logarithms and not any(p.exp.free_symbols for e in (gold, given) for p in e.atoms(Pow))
+    kind = Integer if logarithms and places is _STEPS else lambda value: Float(value, 200)
     signs = (1, -1) if gold.has(Abs, sign) or given.has(Abs, sign) else (1,)
-    places = _STEPS if gold.has(floor, ceiling) or given.has(floor, ceiling) else _POINTS
     factor = None if multiples else 1
     for start, step, divisor in places if symbols else places[:1]:
         for side in signs:
-            at = {s: Float(side * (start + step * k), 40) / divisor for k, s in enumerate(symbols)}
-            left, right = (each.subs(at).evalf(30) for each in (gold, given))
+            numbers = (kind(side * (start + step * k)) / divisor for k in range(len(symbols)))
+            at = dict(zip(symbols, numbers, strict=True))
+            left, right, tolerance = _values(gold.subs(at), given.subs(at))
+            tolerance = DECIMAL_TOLERANCE if decimal else tolerance
             if left == right and factor == 1:  # infinity included
                 continue
             if not (left.is_number and right.is_number and left.is_finite and right.is_finite):
@@ -170,3 +192,36 @@ def _agree(gold: Any, given: Any, multiples: bool) -> bool:
             if factor == 0 or not bool(abs(left - factor * right) <= tolerance * abs(left)):
                 return False
     return True
+
+
+def _rational(found: Any) -> Any | None:
+    """The exact value of what the four operations, powers and factorials make of whole numbers, if not too large."""
+    from sympy import Add, Integer, Mul, Pow, Rational, factorial
+
+    if isinstance(found, Rational):
+        return found
+    parts = [part for part in map(_rational, found.args) if part is not None]
+    if not parts or len(parts) < len(found.args):
+        return None
+    if isinstance(found, (Add, Mul)):
+        return type(found)(*parts)
+    last = parts[-1]
+    if not isinstance(last, Integer) or abs(last) > _BIG_EXPONENT:
+        return None
+    if isinstance(found, factorial) and last >= 0:
+        return factorial(last)
+    bits = max(int(parts[0].p).bit_length(), int(parts[0].q).bit_length())
+    small = isinstance(found, Pow) and parts[0] != 0 and bits * abs(last) <= _BITS_MAX
+    return parts[0] ** last if small else None
+
+
+def _values(gold: Any, given: Any) -> tuple[Any, Any, Any]:
+    """Two constants worked out, and how much they may differ, relative to the first: large ones get more digits."""
+    from sympy import Float, Integer, ceiling, log
+
+    digits = _DIGITS_AGREE + _DIGITS_MORE
+    left = gold.evalf(digits)
+    if left.is_number and left.is_finite and abs(left) > 1:
+        digits = min(_DIGITS_MAX, digits + int(ceiling(log(abs(left), 10).evalf(10))))
+        left = gold.evalf(digits)
+    return left, given.evalf(digits), Float(10, 30) ** Integer(_DIGITS_MORE - digits)

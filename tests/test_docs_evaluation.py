@@ -49,7 +49,7 @@ def place(tmp_path_factory):
 
 def test_every_command_of_the_page_runs(place):
     _, shown = place
-    assert len(shown) == 6
+    assert len(shown) == 7
     for line, result in shown.items():
         assert result.exit_code == 0, f"{line}\n{result.output}"
         assert "score" in result.stdout or "wins" in result.stdout

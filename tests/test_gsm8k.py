@@ -69,7 +69,7 @@ def recipe(folder: Path, train: Path, test: Path) -> Path:
             "eval": {**questions, "path": str(test), "size": 8},
             "max_prompt_tokens": LIMIT,
         },
-        "rewards": ["numeric_match"],
+        "rewards": [{"name": "math", "answer_in": "box_or_number"}],
         "evaluation": {"every": 0},
         "stages": [
             {"stage": "sft", "steps": 3, "batch_size": 8, "learner": {"name": "torch", "lr": 3e-3}},
@@ -117,7 +117,7 @@ def test_grpo_takes_steps_on_chat_prompts(run):
             text = tokenizer.decode(rollout.prompt_ids, skip_special_tokens=False)
             assert questions[text]["answer"] == group.prompt.row["answer"]
             assert len(rollout.prompt_ids) <= LIMIT
-            assert rollout.scored and rollout.scores["numeric_match"].status in ("ok", "wrong", "unparseable")
+            assert rollout.scored and rollout.scores["math"].status in ("ok", "wrong", "unparseable")
             assert rollout.text == tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
 
 
@@ -139,7 +139,7 @@ def test_over_long_questions_are_counted(run):
     report = result["data"]["train"]
     assert 0 < longer < 1000, "some are, most are not"
     assert (report["rows"], report["over_long"], report["used"], report["bad"]) == (7473, longer, 7473 - longer, 0)
-    assert report["distinct"] == report["used"] and 0 < report["floor"] < 0.01
+    assert report["distinct"] == report["used"] and 0.02 < report["floor"] < 0.04
     assert result["data"]["demonstrations"]["rows"] == 64 and result["data"]["eval"]["rows"] == 8
 
 

@@ -13,8 +13,8 @@ from ruamel.yaml import YAML
 
 from alignment.algorithms.advantages import Rloo
 from alignment.algorithms.policy_losses import Clip, Gspo
-from alignment.recipe import differences, load
-from alignment.recipe_tree import RecipeError
+from alignment.recipe import _read, differences, load
+from alignment.recipe_tree import RecipeError, plain
 from alignment.reward_registry import reward_functions
 from tests.recipes_for_tests import BASE, only, problems, write
 
@@ -382,3 +382,22 @@ def test_a_model_is_looked_for_beside_the_recipe_then_in_the_working_directory(t
     there.mkdir()
     assert recipe.located_model().path == str(there)
     assert recipe.resolved()["model"]["path"] == "tiny"
+
+
+def test_an_empty_mapping_replaces_what_was_there(tmp_path):
+    base = BASE.replace("{name: exact_match, weight: 1.0}", "{function: a.b, options: {x: 1, y: 2}}")
+    path = write(tmp_path, base)
+    layer = write(tmp_path, "stages: {1: {algorithm: {}}}\n", name="layer.yaml")
+
+    def options(*overrides):
+        root, found = _read([path], overrides)
+        assert not found
+        return plain(root)["rewards"][0]["options"]
+
+    assert options("rewards.0.options={}") == {}
+    assert options("rewards.0.options={z: 3}") == {"x": 1, "y": 2, "z": 3}
+    root, _ = _read([path, layer], [])
+    assert plain(root)["stages"][1]["algorithm"] == {} and plain(root)["stages"][1]["name"] == "rl"
+    nothing = write(tmp_path, "{}\n", name="nothing.yaml")
+    assert plain(_read([path, nothing], [])[0]) == plain(_read([path], [])[0])
+    assert plain(_read([path], ["run={}"])[0])["run"] == {"name": "base"}

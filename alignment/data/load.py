@@ -97,6 +97,8 @@ class LoadedData:
     """By the key of their prompt."""
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """:meth:`Section.report` of each section."""
+    longest: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of the longest prompt of each section whose prompts are played."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -116,6 +118,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
     """
     sections: dict[str, Section] = {}
     demonstrations: dict[str, list[Rollout]] = {}
+    longest: dict[str, int] = {}
     eos_id = stop_ids(model.tokenizer, model.module)[0]
     for name in SECTIONS:
         section = read_section(recipe, name)
@@ -128,6 +131,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         section = accepted(section, recipe.data.on_bad_row)
         if tokens:
             section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
+            longest[name] = max(len(tokens[p.id]) for p in section.prompts)
         for prompt in section.prompts if completions else ():
             rollout = demonstration(prompt, tokens[prompt.id], (*completions[prompt.id], eos_id))
             demonstrations.setdefault(prompt.key, []).append(rollout)
@@ -140,7 +144,21 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         demonstrations=demonstrations,
         preferences=_preferences(prompts.get("preferences", ())),
         report={name: section.report() for name, section in sections.items()},
+        longest=longest,
     )
+
+
+def longest_prompt(section: Section, recipe: Recipe, tokenizer: Tokenizer) -> int | None:
+    """Tokens of the longest prompt of ``section`` that a run would use; None where none can be played.
+
+    Raises:
+        UserError: All prompts are too long, or the tokenizer has no chat template for messages.
+    """
+    section, tokens, _ = _encoded(section, played(recipe, section.name), tokenizer)
+    if not tokens or not section.prompts:
+        return None
+    section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
+    return max(len(tokens[p.id]) for p in section.prompts)
 
 
 def read_section(recipe: Recipe, name: str) -> Section | None:

@@ -1,6 +1,7 @@
 """Prompts from reasoning-gym, a package of procedural tasks."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ BLOCK = 1_000_000
 """Item ``i`` of seed ``s`` is reasoning-gym's item of seed ``s * BLOCK + i``. With seeds next to each other, as that
 package counts them, all but one of the items would be the same."""
 DRAWS_PER_PROMPT, SPARE_DRAWS = 50, 2_000
+SECONDS_PER_PROMPT, SPARE_SECONDS = 1.0, 120.0
+"""How long a load may take: the tasks that can be named make more than ten problems a second as they come."""
 
 
 @sources.register("reasoning_gym", source="reasoning-gym (arXiv 2505.24760)")
@@ -45,11 +48,18 @@ class ReasoningGym:
         """Rows with ``prompt``, ``answer``, ``completion``, ``task`` and ``entry``, which the reward reads.
 
         Raises:
-            UserError: reasoning-gym is missing or refuses ``config``, or has fewer problems than ``size``.
+            UserError: reasoning-gym is missing or refuses ``config``, has fewer problems than ``size``, or is too slow.
         """
         rows: dict[str, Mapping[str, Any]] = {}
         draws = DRAWS_PER_PROMPT * self.size + SPARE_DRAWS
+        allowed = SPARE_SECONDS + SECONDS_PER_PROMPT * self.size
+        end = time.monotonic() + allowed
         for item in self._items(draws):
+            if time.monotonic() > end:
+                raise UserError(
+                    f"reasoning-gym's {self.task} gave {len(rows)} of {self.size} problems for split {self.split!r} in "
+                    f"{allowed:.0f} s; lower size, or make problems easier to draw in config"
+                )
             question = item["question"]
             if split_name("reasoning_gym", self.task, question) == self.split:
                 rows.setdefault(question, self._row(item))

@@ -96,6 +96,12 @@ def _made(task: str, config: str, seed: int, size: int) -> Any:
     if unknown:
         raise UserError(f"config: reasoning-gym's {task} has no option {unknown[0]!r} (options: {', '.join(known)})")
     try:
-        return create_dataset(task, seed=seed, size=size, **options)
+        made = create_dataset(task, seed=seed, size=size, **options)
     except (AssertionError, ValueError, TypeError) as error:  # how its configurations say what is wrong
         raise UserError(f"config: reasoning-gym's {task} refuses {options}: {error}") from error
+    if task == "base_conversion" and made.config.min_base == made.config.max_base:
+        raise UserError(
+            f"config: reasoning-gym's base_conversion never returns with min_base = max_base = {made.config.min_base}: "
+            f"it draws until two bases differ; make max_base larger"
+        )
+    return made

@@ -239,6 +239,8 @@ def _faults(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"has no 'prompt'; its columns are {', '.join(row) or 'none'}: name the right one in field_map"
     elif not _is_text(row["prompt"]) and not _are_messages(row["prompt"]):
         yield "'prompt' must be text or a list of messages {role, content}, and not empty"
+    elif _is_text(row["prompt"]) and not row["prompt"].strip():
+        yield "'prompt' is blank"
     if "answer" in row and row["answer"] is None:
         yield "'answer' is null; leave the column out of rows without one"
     if "completion" in row and not _is_text(row["completion"]):

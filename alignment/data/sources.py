@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from alignment.registry import Registry
 from alignment.types import Prompt
@@ -46,12 +46,19 @@ def describe(prompts: Sequence[Prompt]) -> dict[str, float]:
     """What to know before reading an accuracy: how much there is, and what answering always the same would score.
 
     Returns:
-        ``prompts`` (rows), ``distinct`` (different prompts) and ``floor``: the share of the most frequent answer among
-        the rows that have one, 0 where none has.
+        ``prompts`` (rows), ``distinct`` (different prompts) and ``floor``: the share of the most frequent answer, as
+        rewards read it (what follows ``####`` in a worked solution), among the rows that have one, 0 where none has.
     """
-    answers = Counter(str(p.row["answer"]) for p in prompts if p.row.get("answer") is not None)
+    answers = Counter(filter(None, (_gold(p.row.get("answer")) for p in prompts)))
     return {
         "prompts": len(prompts),
         "distinct": len({json.dumps(p.row["prompt"], sort_keys=True) for p in prompts}),
         "floor": max(answers.values()) / answers.total() if answers else 0.0,
     }
+
+
+def _gold(answer: Any) -> tuple[str, ...]:
+    from rewards.extraction import gold_texts  # rewards import this package
+
+    other = answer is not None and not isinstance(answer, Sequence)  # a truth value or a mapping stands for itself
+    return gold_texts(answer) or ((str(answer),) if other else ())

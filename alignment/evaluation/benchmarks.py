@@ -10,6 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
 import alignment.tasks  # noqa: F401 - registers them
 from alignment.data.files import DatasetSource
 from alignment.data.procedural import Procedural
@@ -239,6 +242,7 @@ def choose(
     samples: int | None = None,
     temperature: float | None = None,
     max_tokens: int | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Chosen]:
     """The benchmarks and tasks of these names, in their order.
 
@@ -248,26 +252,32 @@ def choose(
         samples: Completions of each problem; None leaves each benchmark its own number. So do the next two.
         temperature: 0 is greedy.
         max_tokens: Longest completion.
+        settings: Options of the benchmarks, by name of the benchmark; the three numbers above come after them.
 
     Raises:
-        UserError: There is no such benchmark, a name comes twice, a file is for none of them or for one that is made
-            by rule, or several samples are asked for at temperature 0, where they are all the same.
+        UserError: There is no such benchmark or option, an option has a bad value, a name comes twice, a file is for
+            none of them or for one that is made by rule, or several samples are asked for at temperature 0, where they
+            are all the same.
     """
-    data = data or {}
+    data, settings = data or {}, settings or {}
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise UserError(f"--tasks names {repeated!r} twice")
     for name in data:
         if name not in names:
             raise UserError(f"--data {name}=...: {name!r} is not among --tasks {','.join(names)}")
+    for name in settings:
+        if name not in names:
+            meant = did_you_mean(name, names)
+            raise UserError(f"--set {name}...: {name!r} is not among --tasks {','.join(names)}{meant}")
     changes = {"temperature": temperature, "max_tokens": max_tokens}
-    return [
-        _chosen(name, data.get(name), samples, {k: v for k, v in changes.items() if v is not None}) for name in names
-    ]
+    changes = {k: v for k, v in changes.items() if v is not None}
+    return [_chosen(_benchmark(name, settings.get(name, {})), name, data.get(name), samples, changes) for name in names]
 
 
-def _chosen(name: str, file: str | None, samples: int | None, changes: Mapping[str, Any]) -> Chosen:
-    benchmark = _benchmark(name)
+def _chosen(
+    benchmark: Benchmark, name: str, file: str | None, samples: int | None, changes: Mapping[str, Any]
+) -> Chosen:
     source = benchmark.data
     if file is not None:
         if not isinstance(source, DatasetSource):
@@ -286,14 +296,34 @@ def _chosen(name: str, file: str | None, samples: int | None, changes: Mapping[s
     return Chosen(name, source, spec, benchmark.chat, samples, sampling)
 
 
-def _benchmark(name: str) -> Benchmark:
+def _benchmark(name: str, options: Mapping[str, Any]) -> Benchmark:
     own = [known for known in benchmarks.names() if known != "task"]
     if name in own:
-        return benchmarks.build(name)
+        return _built(name, {"name": name}, options)
     if name in tasks.names():
-        return TaskBenchmark(tasks.build(name))
+        return _built(name, {"name": "task", "task": name}, options)
     known = [*own, *tasks.names()]
     raise UserError(
         f"there is no benchmark or task '{name}'{did_you_mean(name, known)} (benchmarks: {', '.join(own)}; tasks: "
         f"{', '.join(tasks.names())})"
     )
+
+
+def _built(name: str, fixed: Mapping[str, Any], options: Mapping[str, Any]) -> Benchmark:
+    """The benchmark with these options; what names it (``fixed``) is no option."""
+    known = [o["name"] for o in benchmarks[fixed["name"]].options() if o["name"] not in fixed]
+    for key in options:
+        if key not in known:
+            raise UserError(
+                f"--set {name}.{key}: {name!r} has no option {key!r}{did_you_mean(key, known)} (options: "
+                f"{', '.join(known)})"
+            )
+    try:
+        return benchmarks.build({**fixed, **options})
+    except ValidationError as error:
+        told = [
+            f"--set {'.'.join(map(str, (name, *e['loc'])))}: {e['msg']}, not {e['input']!r}" for e in error.errors()
+        ]
+        raise UserError("\n".join(told)) from error
+    except PydanticCustomError as error:
+        raise UserError(f"--set {name}: {error.message()}") from error

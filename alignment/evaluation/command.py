@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +16,8 @@ from alignment.evaluation.data import ChatMode, Selection
 from alignment.evaluation.model import Dtype
 from alignment.evaluation.run import Options, evaluate_checkpoint
 from alignment.evaluation.view import Progress, comparison_table, notes, results_table, show
+from alignment.recipe_tree import Mark, Node, Problem, RecipeError, merge, plain
+from alignment.recipe_yaml import parse_override
 
 
 def selection(chat: str, limit: int | None, max_prompt_tokens: int | None) -> Selection:
@@ -54,6 +56,25 @@ def options(
     if dtype is not None:
         _one_of("--dtype", dtype, get_args(Dtype))
     return Options(checkpoint, names, files, samples, temperature, max_tokens, selection, dtype=dtype)  # pyright: ignore[reportArgumentType]
+
+
+def settings(texts: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """What ``--set NAME.OPTION=VALUE`` says, by benchmark; values are YAML, later ones win.
+
+    Raises:
+        UserError: One has another form, or its value is not YAML.
+    """
+    problems: list[Problem] = []
+    root = Node({}, Mark("--set", None, Path.cwd()))
+    for text in texts:
+        node = parse_override(text, problems)
+        (inner,) = node.value.values()
+        if not isinstance(inner.value, dict) or not inner.value:
+            raise UserError(f"--set {text}: write NAME.OPTION=VALUE, such as gsm8k.samples=4")
+        root = merge(root, node)
+    if problems:
+        raise RecipeError(problems)
+    return plain(root)
 
 
 def evaluate(options: Options, as_json: bool) -> int:

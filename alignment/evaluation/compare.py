@@ -38,12 +38,15 @@ def compare_folders(a: Path, b: Path) -> dict[str, Any]:
         for name in own["tasks"]
         if name not in other["tasks"]
     ]
+    dtypes = [config["checkpoint"].get("dtype") for config in configs]
+    if dtypes[0] != dtypes[1]:
+        notes.append(f"the checkpoints were loaded in different numbers: {dtypes[0]} in A, {dtypes[1]} in B (--dtype)")
     tasks: dict[str, Any] = {}
     for name in names:
         first, second = (config["tasks"][name] for config in configs)
         _refuse_differences(name, first, second)
         notes += _remarks(name, first, second)
-        tasks[name] = _compared(name, a, b, min(first["samples"], second["samples"]))
+        tasks[name] = _compared(name, a, b)
         left_out = tasks[name]["only_a"] + tasks[name]["only_b"]
         if left_out:
             notes.append(f"{name}: {left_out} problems have a verdict in one evaluation only and are left out")
@@ -62,12 +65,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_json(folder / RESULTS)
 
 
-def _compared(name: str, a: Path, b: Path, samples: int) -> dict[str, Any]:
+def _compared(name: str, a: Path, b: Path) -> dict[str, Any]:
     first, second = (accuracies(read_records(folder, name)) for folder in (a, b))
     both = [problem for problem in first if problem in second]
     if not both:
         raise UserError(f"{name}: the two evaluations have no problem in common: {a} and {b} are of other data")
-    found = compare([first[p] for p in both], [second[p] for p in both], samples)
+    found = compare([first[p] for p in both], [second[p] for p in both])
     return {**asdict(found), "only_a": len(first) - len(both), "only_b": len(second) - len(both)}
 
 

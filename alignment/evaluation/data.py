@@ -13,7 +13,6 @@ from alignment.evaluation.benchmarks import Chosen
 from alignment.models import Tokenizer, encode_prompts
 from alignment.scoring import Scorer
 from alignment.types import Prompt, keyed_seed
-from rewards.extraction import gold_texts
 
 log = logging.getLogger(__name__)
 ChatMode = Literal["auto", "yes", "no"]
@@ -89,8 +88,7 @@ def prepare(
     lengths = [lengths[i] for i in keep]
     _refuse_too_long(chosen, lengths, positions)
     bare = [prompts[i] for i in keep]
-    # The floor is of answers as rewards read them, not of the worked solutions that they stand in.
-    numbers = describe([replace(p, row={**p.row, "answer": gold_texts(p.row.get("answer")) or None}) for p in bare])
+    numbers = describe(bare)
     data = {
         "origin": dataset.origin,
         "sha256": digest([[p.id, dict(p.row)] for p in bare]),

@@ -34,6 +34,11 @@ def open_checkpoint(address: str, dtype: Dtype | None = None) -> Model:
     return model
 
 
+def dtype_of(model: Model) -> str:
+    """In which numbers the model computes: ``float32``."""
+    return str(next(model.module.parameters()).dtype).removeprefix("torch.")
+
+
 def fingerprint(model: Model) -> str:
     """sha256 of all that decides what the model writes: weights, vocabulary, chat template."""
     tokenizer = model.tokenizer
@@ -42,6 +47,8 @@ def fingerprint(model: Model) -> str:
 
 
 def _load(address: str, dtype: Dtype | None) -> Model:
+    if not address.strip():
+        raise UserError("the checkpoint is an empty text; give a model folder, a hub id or RUN[@STEP|@best]")
     config = ModelConfig(path=address, dtype=dtype or "float32")
     folder = Path(address).expanduser()
     if (folder / "config.json").is_file():

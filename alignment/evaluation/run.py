@@ -15,7 +15,7 @@ from alignment.environments import SingleTurn
 from alignment.errors import UserError
 from alignment.evaluation.benchmarks import Chosen, choose
 from alignment.evaluation.data import Prepared, Selection, prepare
-from alignment.evaluation.model import Dtype, fingerprint, open_checkpoint
+from alignment.evaluation.model import Dtype, dtype_of, fingerprint, open_checkpoint
 from alignment.evaluation.results import Record, record, summarise
 from alignment.evaluation.store import Store, open_store
 from alignment.evaluation.view import Progress
@@ -53,6 +53,8 @@ class Options:
     dtype: Dtype | None = None
     plugins: Sequence[str] = ()
     """Modules that register benchmarks, tasks or rewards."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of benchmarks, by name of the benchmark."""
 
     @property
     def folder(self) -> Path:
@@ -88,7 +90,8 @@ def evaluate_checkpoint(options: Options, progress: Progress) -> dict[str, Any]:
             of a benchmark's samples could not be scored.
     """
     _import_plugins(options.plugins)
-    chosen = choose(options.tasks, options.data, options.samples, options.temperature, options.max_tokens)
+    numbers = (options.samples, options.temperature, options.max_tokens)
+    chosen = choose(options.tasks, options.data, *numbers, settings=options.settings)
     loaded = [(one, one.load()) for one in chosen]
     with GracefulStop() as stop, ExitStack() as stack:
         scorers = _scorers(chosen, options, stack)
@@ -99,7 +102,11 @@ def evaluate_checkpoint(options: Options, progress: Progress) -> dict[str, Any]:
             for one, dataset in loaded
         ]
         config = {
-            "checkpoint": {"address": options.checkpoint, "fingerprint": fingerprint(model)},
+            "checkpoint": {
+                "address": options.checkpoint,
+                "fingerprint": fingerprint(model),
+                "dtype": dtype_of(model),
+            },
             "seed": options.seed,
             "tasks": {p.chosen.name: p.config() for p in prepared},
         }

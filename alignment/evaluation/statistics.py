@@ -27,7 +27,8 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float,
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)  # not 1e-18
+    return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
 def interval(scores: Sequence[float], samples: int = 1, confidence: float = 0.95) -> tuple[float, float]:
@@ -35,7 +36,9 @@ def interval(scores: Sequence[float], samples: int = 1, confidence: float = 0.95
 
     Wilson's interval for the number of independent outcomes that would vary as the mean does,
     ``p (1 - p) / Var(mean)``: at least one per problem, at most ``samples`` per problem. Unlike a normal interval it
-    stays inside [0, 1] and does not shrink to a point where every problem has the same score.
+    stays inside [0, 1] and does not shrink to a point where every problem has the same score. For ``p`` and ``Var``
+    alone, half a problem that is always solved and half a one that never is are added: few problems may happen to be
+    alike where the population is not.
 
     Args:
         scores: One per problem.
@@ -47,9 +50,9 @@ def interval(scores: Sequence[float], samples: int = 1, confidence: float = 0.95
     if n == 0:
         return 0.0, 1.0
     mean = min(1.0, max(0.0, fmean(scores)))
-    variance = sum((a - mean) ** 2 for a in scores) / max(1, n - 1) / n
-    independent = mean * (1 - mean) / variance if variance > 0 else n * samples
-    independent = min(max(independent, n), n * samples)
+    p = (n * mean + 0.5) / (n + 1)
+    variance = (sum((a - p) ** 2 for a in scores) + 0.5 * p**2 + 0.5 * (1 - p) ** 2) / n / (n + 1)
+    independent = min(max(p * (1 - p) / variance, n), n * samples)
     return wilson(mean * independent, independent, confidence)
 
 
@@ -136,14 +139,13 @@ class Paired:
     losses: int
 
 
-def compare(a: Sequence[float], b: Sequence[float], samples: int = 1, confidence: float = 0.95) -> Paired:
+def compare(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Paired:
     """Compares two evaluations problem by problem, so that what makes problems hard for both cancels out.
 
-    The interval is ``m +- z sqrt((q - m^2) / N)`` with ``N = n + 2 / s``, ``m = sum d / N`` and
-    ``q = (sum d^2 + 1 / s^2) / N`` for the n differences d of scores out of s samples. For s = 1 it is the one of
-    "Simple Improved Confidence Intervals for Comparing Matched Proportions" (Agresti and Min, 2005), which adds half a
-    problem to each of the four cells right/wrong by right/wrong; for larger s, what is added weighs, and differs by,
-    one sample. So it does not shrink to a point where the two never differ.
+    The interval is ``m +- z sqrt((q - m^2) / N)`` with ``N = n + 2``, ``m = sum d / N`` and ``q = (sum d^2 + 1) / N``
+    for the n differences d: the one of "Simple Improved Confidence Intervals for Comparing Matched Proportions"
+    (Agresti and Min, 2005), which adds half a problem to each of the four cells right/wrong by right/wrong. So it does
+    not shrink to a point where the two never differ.
 
     p is that of the sign-flip permutation test: how often a sum of the differences with random signs is at least as
     far from 0. All flips are tried for up to 14 differing problems (with right-or-wrong scores this is McNemar's exact
@@ -152,7 +154,6 @@ def compare(a: Sequence[float], b: Sequence[float], samples: int = 1, confidence
     Args:
         a: One score in [0, 1] per problem.
         b: The scores of the same problems, in the same order.
-        samples: Outcomes that a score is the mean of; the smaller number where the two differ.
         confidence: Of the interval.
 
     Raises:
@@ -161,9 +162,9 @@ def compare(a: Sequence[float], b: Sequence[float], samples: int = 1, confidence
     if len(a) != len(b) or not a:
         raise ValueError(f"two evaluations of the same problems are compared, not {len(a)} and {len(b)} scores")
     d = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    n, weight = len(d), len(d) + 2 / samples
+    n, weight = len(d), len(d) + 2
     centre = float(d.sum()) / weight
-    spread = max(0.0, (float((d * d).sum()) + 1 / samples**2) / weight - centre**2)
+    spread = max(0.0, (float((d * d).sum()) + 1) / weight - centre**2)
     half = _z(confidence) * sqrt(spread / weight)
     wins, losses = int((d > 0).sum()), int((d < 0).sum())
     bounds = (max(-1.0, centre - half), min(1.0, centre + half))

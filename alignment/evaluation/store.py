@@ -22,6 +22,14 @@ from alignment.jsonl import to_json
 from alignment.recipe_values import differences
 from alignment.runs import LOCK, Run
 
+TASK = {
+    "data": {"sha256": None, "origin": None},
+    "source": {},
+    "sampling": {},
+    **dict.fromkeys(("chat", "reward", "samples")),
+}
+KEYS = {"checkpoint": {"address": None, "fingerprint": None}, "seed": None, "tasks": {"*": TASK}}
+"""What is read of the files: without it nothing can go on or be compared."""
 CONFIG, SAMPLES, RESULTS = "config.json", "samples.jsonl", "results.json"
 
 
@@ -87,9 +95,14 @@ def open_store(folder: Path, config: Mapping[str, Any]) -> Iterator[Store]:
     """The folder, made if need be, for this process alone.
 
     Raises:
-        UserError: It holds another evaluation or something else, or another process writes it.
+        UserError: It holds another evaluation or something else, cannot be made, or another process writes it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder}: {error.strerror or error}; choose another --output"
+        ) from error
     with Run(folder).locked("choose another --output"):
         path = folder / CONFIG
         if path.exists():
@@ -114,7 +127,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} was changed and is no JSON any more: {error}") from error
     if not isinstance(found, dict) or "tasks" not in found:
         raise UserError(f"{path} is not what an evaluation writes: it has no 'tasks'")
+    if missing := _missing(found, KEYS):
+        raise UserError(
+            f"{path} was changed and lacks {', '.join(missing)}; put it back, or evaluate again into another --output"
+        )
     return found
+
+
+def _missing(found: Any, keys: Mapping[str, Any], place: str = "") -> list[str]:
+    """Dotted names of the keys that ``found`` lacks; ``*`` stands for every key that it has."""
+    if not isinstance(found, dict):
+        return [f"a mapping at {place.rstrip('.')!r}"]
+    missing: list[str] = []
+    for key, inner in keys.items():
+        for name in [*found] if key == "*" else [key]:
+            if name not in found:
+                missing.append(repr(place + name))
+            elif inner is not None:
+                missing += _missing(found[name], inner, f"{place}{name}.")
+    return missing
 
 
 def read_records(folder: Path, task: str) -> list[Record]:
@@ -141,7 +172,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, task in config["tasks"].items()
     }
-    return {"checkpoint": config["checkpoint"]["fingerprint"], "seed": config["seed"], "tasks": tasks}
+    checkpoint = config["checkpoint"]
+    return {
+        "checkpoint": checkpoint["fingerprint"],
+        "dtype": checkpoint.get("dtype"),
+        "seed": config["seed"],
+        "tasks": tasks,
+    }
 
 
 def _merged(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

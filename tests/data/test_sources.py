@@ -245,3 +245,34 @@ def test_a_missing_file_says_where_relative_paths_start(tmp_path):
         rows(tmp_path, "nowhere.jsonl")
     with pytest.raises(UserError, match="there is no such file or folder$"):
         rows(tmp_path, str(tmp_path / "nowhere"))
+
+
+def test_the_floor_of_worked_solutions_is_of_the_answers_in_them(real_data, tmp_path):
+    lines = [
+        '{"prompt":"a","answer":"1+1\\n#### 2"}',
+        '{"prompt":"b","answer":"so \\\\boxed{2}"}',
+        '{"prompt":"c","answer":"3"}',
+    ]
+    assert describe(DatasetSource(str(write(tmp_path, "\n".join(lines)))).load(HERE).prompts)["floor"] == 2 / 3
+    source = DatasetSource(str(real_data / "gsm8k/train.jsonl"), prompt="{question}")
+    assert describe(source.load(HERE).prompts)["floor"] == 210 / 7473
+
+
+def test_a_blank_prompt_is_a_bad_row(tmp_path):
+    path = write(tmp_path, SUMS + '{"prompt": "  ", "answer": "4"}\n')
+    (bad,) = DatasetSource(str(path)).load(HERE).bad
+    assert ":3: " in bad and "'prompt' is blank" in bad
+
+
+def test_reasoning_gym_never_hangs(monkeypatch):
+    from alignment.data import reasoning_gym
+
+    for base in (2, 16):
+        config = {"min_base": base, "max_base": base}
+        with pytest.raises(UserError, match=f"never returns with min_base = max_base = {base}: .*max_base larger"):
+            reasoning_gym.ReasoningGym("base_conversion", "train", config=config).load(HERE)
+    config = {"min_base": 2, "max_base": 3}
+    assert len(reasoning_gym.ReasoningGym("base_conversion", "train", 3, config).load(HERE).prompts) == 3
+    monkeypatch.setattr(reasoning_gym, "SPARE_SECONDS", -5.0)
+    with pytest.raises(UserError, match=r"gcd gave 0 of 4 problems for split 'train' in -1 s; lower size"):
+        reasoning_gym.ReasoningGym("gcd", "train", size=4).load(HERE)

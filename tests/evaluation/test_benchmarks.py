@@ -97,6 +97,30 @@ def test_options_of_the_command_line_change_a_definition():
     assert built.samples == 2 and built.data.revision == "e53f048"  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_settings_change_any_option_of_a_benchmark():
+    settings = {
+        "gsm8k": {"revision": "e53f048", "samples": 2, "temperature": 1.0, "top_p": 0.5},
+        "gcd": {"levels": [1]},
+    }
+    gsm8k, gcd = choose(["gsm8k", "gcd"], settings=settings, max_tokens=9)
+    found = gsm8k.resolved()
+    assert (found["source"]["revision"], found["samples"]) == ("e53f048", 2)
+    assert (found["sampling"]["top_p"], found["sampling"]["max_tokens"]) == (0.5, 9)
+    assert {p.row["level"] for p in gcd.load().prompts} == {1} and gcd.resolved()["source"]["levels"] == [1]
+    assert choose(["gsm8k"], settings={"gsm8k": {"samples": 1}})[0].samples == 1
+
+
+def test_the_bare_question_is_right_where_its_last_number_is_the_answer(real_data):
+    """What reading the last number costs: a model that repeats the question gets 2.1 %."""
+    (benchmark,) = choose(["gsm8k"], {"gsm8k": str(real_data / FILES["gsm8k"])})
+    rows = [p.row for p in benchmark.load().prompts]
+    questions = [row["question"] for row in rows]
+    reward = benchmark.reward.function
+    assert reward is not None
+    scores = reward(prompts=[row["prompt"] for row in rows], completions=questions, answer=[r["answer"] for r in rows])
+    assert sum(score.value for score in scores) == 28 and len(scores) == 1319  # pyright: ignore
+
+
 def test_samples_that_would_all_be_equal_are_refused():
     with pytest.raises(UserError, match="gsm8k: 3 samples at temperature 0 are all the same"):
         choose(["gsm8k"], samples=3)

@@ -46,7 +46,7 @@ def test_problems_are_paired_and_the_others_counted(two):
     assert (gcd["problems"], gcd["only_a"], gcd["only_b"]) == (19, 1, 10)
     assert (gcd["a"], gcd["b"], gcd["difference"]) == (0.25, 0.75, 0.5)
     assert (gcd["wins"], gcd["ties"], gcd["losses"]) == (19, 0, 0) and gcd["p"] < 1e-3
-    assert gcd == {**asdict(compare([0.25] * 19, [0.75] * 19, 4)), "only_a": 1, "only_b": 10}
+    assert gcd == {**asdict(compare([0.25] * 19, [0.75] * 19)), "only_a": 1, "only_b": 10}
     assert any("the data is not the same" in note for note in found["notes"])
     assert any("11 problems have a verdict in one evaluation only" in note for note in found["notes"])
     assert [note for note in found["notes"] if "only" in note][:2] == [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_an_evaluation_prints_a_table_and_writes_what_it_stands_on(evaluated, mo
     folder, shown = evaluated
     assert sorted(p.name for p in folder.iterdir()) == [".lock", "config.json", "counting", "gcd", "results.json"]
     found = results(folder)
-    assert found["checkpoint"] == {"address": str(model), "fingerprint": fingerprint(open_checkpoint(str(model)))}
+    known = {"address": str(model), "fingerprint": fingerprint(open_checkpoint(str(model))), "dtype": "float32"}
+    assert found["checkpoint"] == known
     assert list(found["tasks"]) == ["gcd", "counting"]
     for name, task in found["tasks"].items():
         lines = records(folder, name)
@@ -103,6 +105,15 @@ def test_an_evaluation_prints_a_table_and_writes_what_it_stands_on(evaluated, mo
         assert task["unscored"] == 0 and 0 < task["data"]["floor"] < 1 and task["data"]["problems"] == 12
         assert f"{100 * task['scores']['avg@4']['value']:.1f} [" in shown.stdout
     assert "12 x 4" in shown.stdout and "pass@4" in shown.stdout and "wrote" in shown.stderr
+
+
+def test_options_of_a_benchmark_are_set_and_recorded(model, tmp_path):
+    arguments = ("--tasks", "gcd", "--set", "gcd.levels=[1]", "--set", "gcd.size=5", "--set", "gcd.top_p=0.9")
+    shown = align("eval", model, *arguments, "--set", "gcd.max_tokens=3", "--output", tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    task = results(tmp_path / "out")["tasks"]["gcd"]
+    assert (task["source"]["levels"], task["source"]["size"], task["problems"]) == ([1], 5, 5)
+    assert (task["sampling"]["top_p"], task["sampling"]["max_tokens"]) == (0.9, 3)
 
 
 def test_the_same_command_again_changes_nothing_and_prints_json(evaluated, model):
@@ -143,6 +154,49 @@ def test_tasks_can_be_added_to_a_folder_and_nothing_else(evaluated, model, tmp_p
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     refused = align("eval", model, *TASKS, "--output", tmp_path / "mine")
     assert refused.exit_code == 2 and "is not empty and holds no evaluation" in refused.stderr
+
+
+def test_another_dtype_is_another_evaluation(evaluated, model, tmp_path):
+    folder = tmp_path / "half"
+    arguments = ("eval", model, *TASKS[:4], "--limit", 2, "--dtype", "bfloat16", "--output")
+    assert align(*arguments, folder).exit_code == 0
+    assert results(folder)["checkpoint"]["dtype"] == "bfloat16"
+    refused = align(*arguments, evaluated[0])
+    assert refused.exit_code == 2 and "dtype: 'float32' there, 'bfloat16' now" in refused.stderr
+    compared = align("eval", "--compare", evaluated[0], folder)
+    assert compared.exit_code == 0 and "float32 in A, bfloat16 in B" in " ".join(compared.stdout.split())
+
+
+def test_an_output_that_cannot_be_a_folder_and_a_checkpoint_without_a_name(model, tmp_path):
+    (tmp_path / "mk.py").write_text("")
+    for output in (tmp_path / "mk.py", tmp_path / "mk.py" / "x", "/proc/x"):
+        refused = align("eval", model, *TASKS, "--output", output)
+        assert refused.exit_code == 2 and f"cannot make the folder {output}: " in refused.stderr
+        assert "choose another --output" in refused.stderr
+    refused = align("eval", "", "--tasks", "gcd")
+    assert refused.exit_code == 2 and "the checkpoint is an empty text; give a model folder" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "lost"),
+    [(("checkpoint", "fingerprint"), "'checkpoint.fingerprint'"), (("tasks", "gcd", "data"), "'tasks.gcd.data'")],
+)
+def test_a_file_without_a_key_is_named(evaluated, model, tmp_path, place, lost):
+    folder = tmp_path / "edited"
+    shutil.copytree(evaluated[0], folder)
+    for name in ("config.json", "results.json"):
+        values = json.loads((folder / name).read_text())
+        inner = values
+        for key in place[:-1]:
+            inner = inner[key]
+        del inner[place[-1]]
+        (folder / name).write_text(json.dumps(values))
+    for arguments, name in (
+        ((model, *TASKS, "--output", folder), "config"),
+        (("--compare", folder, folder), "results"),
+    ):
+        refused = align("eval", *arguments)
+        assert refused.exit_code == 2 and f"{folder / name}.json was changed and lacks {lost}; put" in refused.stderr
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +355,12 @@ def test_mistakes_are_told_with_their_remedy(model, tmp_path, monkeypatch):
     assert "--tasks names 'gcd' twice" in wrong(model, "--tasks", "gcd,gcd")
     assert "say what to measure: --tasks" in wrong(model)
     assert "give a checkpoint" in wrong("--tasks", "gcd")
+    assert "'gcf' is not among --tasks gcd; did you mean" in wrong(model, "--tasks", "gcd", "--set", "gcf.size=3")
+    assert "has no option 'sice'; did you mean 'size'?" in wrong(model, "--tasks", "gcd", "--set", "gcd.sice=3")
+    assert "--set gcd.size: " in wrong(model, "--tasks", "gcd", "--set", "gcd.size=many")
+    assert "write NAME.OPTION=VALUE" in wrong(model, "--tasks", "gcd", "--set", "gcd=3")
+    assert "expected KEY=VALUE" in wrong(model, "--tasks", "gcd", "--set", "gcd")
+    assert "has no option 'task'" in wrong(model, "--tasks", "gcd", "--set", "gcd.task=counting")
     assert "--data none: write NAME=FILE" in wrong(model, "--tasks", "gcd", "--data", "none")
     assert "'math500' is not among --tasks gcd" in wrong(model, "--tasks", "gcd", "--data", "math500=x")
     assert "made by rule; it reads no file" in wrong(model, "--tasks", "gcd", "--data", "gcd=x.jsonl")

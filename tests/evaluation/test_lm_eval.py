@@ -52,6 +52,11 @@ STYLES = {
     "answer is, wrong": lambda r: f"The answer is {wrong(r)}.",
     "answer is, dots": lambda r: f"The answer is {plain(r)}...",
     "answer is, more after it": lambda r: f"The answer is {plain(r)}. I checked it 3 times.",
+    "answer is, bold": lambda r: f"The answer is **{plain(r)}**.",
+    "answer is, bold sentence": lambda r: f"**The answer is {plain(r)}**",
+    "answer is, heading": lambda r: f"{reasoning(r)}\n\n**Final Answer:** {plain(r)}",
+    "answer is, quotes": lambda r: f'The answer is "{plain(r)}".',
+    "answer is, code": lambda r: f"The answer is `{plain(r)}`.",
     "answer is, fraction": lambda r: f"The answer is {2 * int(plain(r))}/2.",
     "box": lambda r: f"{reasoning(r)} It is $\\boxed{{{plain(r)}}}$.",
     "box, dollar": lambda r: f"It is \\boxed{{\\${plain(r)}}}",
@@ -170,7 +175,7 @@ def test_how_often_they_agree(verdicts):
     assert rate(hashes, 1) == pytest.approx(8 / 11)
     assert rate(STYLES, 2) > 0.75
     plain_ones = [style for style in STYLES if style not in FLEXIBLE]
-    assert len(plain_ones) == 24 and rate(plain_ones, 2) == 1.0
+    assert len(plain_ones) == 29 and rate(plain_ones, 2) == 1.0
     assert all(all(v) for v in verdicts["gold solution"]) and not any(any(v) for v in verdicts["junk"])
 
 

@@ -53,6 +53,11 @@ def judge(answer: str, gold: Any, prompt: Any = "q", **options: Any) -> Score:
         ("6", "2*3", "What is 2*3?"),
         ("6", r"2 \cdot 3", "q"),
         ("6", "3!", "q"),
+        ("0.15", r"\frac{3}{20}", r"Write $\frac{3}{20}$ as a decimal."),
+        ("0.15", r"\frac{3}{20}", r"Write \frac{3}{20} as a decimal"),
+        ("3/4", "6/8", "Simplify $6/8$."),
+        ("0.25", r"25\%", "Write 25% as a decimal."),
+        ("7", "x+1=7", "Solve $x+1=7$ for $x+1$."),
         # Capital and small letters are different quantities.
         (r"\frac{R}{r}", r"\frac{r}{R}", "q"),
         ("R^2", "r^2", "q"),
@@ -146,6 +151,26 @@ RIGHT = [
     (r"\frac{x}{2}", "0.5x", "symbolic"),
     (r"\sqrt{2}", "1.414214", "symbolic"),
     ("2^{10}", "1024", "symbolic"),
+    ("2^{2024}+1", "1+2^{2024}", "symbolic"),
+    (r"5+2\sqrt6", r"(\sqrt2+\sqrt3)^2", "symbolic"),
+    (r"\pi r^2h", r"h\pi r^2", "symbolic"),
+    (r"\max(a,b)", r"\frac{a+b+|a-b|}{2}", "symbolic"),
+    (r"\lfloor\log_2 n\rfloor+1", r"\lceil\log_2(n+1)\rceil", "symbolic"),
+    # what stands around, is not seen, or is wide
+    ("5", r"5\,", "string"),
+    ("5", "{{5}}", "string"),
+    ("-3/4", "-(3/4)", "number"),
+    ("15", "\uff11\uff15", "string"),
+    ("15", "1\u200b5", "string"),
+    ("0.25", r"25\text{ percent}", "number"),
+    ("25", "25 percent", "string"),
+    ("15", r"15\text{ cm^2}", "string"),
+    ("10 cm", "x = 10 cm", "string"),
+    # equations for a number
+    ("5", "f(2)=5", "string"),
+    ("5", "x=y=5", "string"),
+    ("5", "x=2+3=5", "string"),
+    ("5", "a+b=5", "string"),
 ]
 
 WRONG = [
@@ -177,6 +202,35 @@ WRONG = [
     ("5", "5_8"),
     ("13", "12+1"),
     ("0", "x-x"),
+    # a letter is no unit
+    (r"\pi r^2h", r"\pi r^2"),
+    ("3n+2d", "3n+2"),
+    ("6m", "6"),
+    # large, and nearly equal
+    ("2^{2024}-1", "2^{2024}+1"),
+    ("2^{60}+1", "2^{60}"),
+    ("100!", "100!+1"),
+    ("1-2^{-100}", "1"),
+    ("1-2^{-1000}", "1"),
+    (r"2^{2024}+\sqrt2", r"2^{2024}+\sqrt3"),
+    ("10^{60}+x", "10^{60}+x+1"),
+    # equal at most points
+    (r"\lfloor\sqrt n\rfloor+1", r"\lceil\sqrt n\rceil"),
+    (r"\lfloor\log_2 n\rfloor+1", r"\lceil\log_2 n\rceil"),
+    (r"\max(a,b)", "a"),
+    (r"\max(a,b)", "b"),
+    # an equation that does not hold
+    ("7", "8=7"),
+    ("7", "1=2=3=7"),
+    ("7", "x=3=7"),
+    # words that are no units
+    ("5", "5 million"),
+    ("5", "5 dozen"),
+    ("5", "5 hundred thousand"),
+    ("5", r"5 \text{ thousand}"),
+    ("5", r"5\text{ million dollars}"),
+    ("5", r"5\text{, 6, or 7}"),
+    ("5", r"5\text{ (or 6)}"),
 ]
 
 # Not decided as everybody would like: the verdict that we give, and why.
@@ -187,6 +241,7 @@ UNDECIDED = [
     ("5 cm", "5 kg", 1.0, "units are not compared, since each can be spelled in many ways"),
     ("x", r"\sqrt{x^2}", 1.0, "expressions are compared where their symbols are positive"),
     ("(1,2)", "1, 2", 0.0, "a pair is more than two answers"),
+    ("5,000,000", "5 million", 0.0, "words that multiply are neither units nor read as numbers"),
     ("abc", "cab", 0.0, "three letters and more in a row are a word"),
     ("(x+1)(x+2)", "x^2+3x+2", 1.0, "equal, and not stated by the question: what form was asked for is not known"),
 ]

@@ -23,6 +23,11 @@ UNREADABLE = {
     ("olympiadbench/test.jsonl", 96): "t(0,4], a slip of the data set",
 }
 
+ALLOWED: dict[str, set[tuple[int, str]]] = {
+    "math500/test.jsonl": {(257, r"864 \mbox{ inches}^3"), (467, r"15\mbox{ cm}^3")}
+}
+"""Neighbours that are right all the same, (row, answer): units are not compared."""
+
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
@@ -30,6 +35,15 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def gold_text(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else value.rpartition("####")[2].strip()
+
+
+def neighbours(gold: str) -> list[str]:
+    """The text with one of its numbers plus 1, for each of them; a plain number minus 1 as well."""
+    numbers = (
+        list(re.finditer(r"\d[\d,]*\d|\d", gold)) if re.fullmatch(r"[\d,]+", gold) else list(re.finditer(r"\d+", gold))
+    )
+    more = [gold[: m.start()] + str(int(m[0].replace(",", "")) + 1) + gold[m.end() :] for m in numbers]
+    return [*more, str(int(gold.replace(",", "")) - 1)] if re.fullmatch(r"\d[\d,]*", gold) else more
 
 
 def changed(gold: str) -> str:
@@ -55,6 +69,22 @@ def test_each_gold_scores_itself_and_not_its_neighbour(real_data: Path, name: st
 
     assert {i: golds[i] for i, value in enumerate(judged(str)) if value != 1.0} == {}
     assert {i: golds[i] for i, value in enumerate(judged(changed)) if value != 0.0} == {}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_number_of_a_gold_may_be_another(real_data: Path, name: str) -> None:
+    """Each number of each gold plus 1, one at a time, and plain numbers minus 1, too."""
+    question, column, _ = FILES[name]
+    reward, passed = Math(column=column), set()
+    for i, row in enumerate(rows_of(real_data, name)):
+        mutants = neighbours(gold_text(row[column]))
+        found = reward(
+            [row[question]] * len(mutants),
+            [f"\\boxed{{{m}}}" for m in mutants],
+            **{column: [row[column]] * len(mutants)},
+        )
+        passed |= {(i, row_mutant) for row_mutant, score in zip(mutants, found, strict=True) if score.value}
+    assert passed == ALLOWED.get(name, set())
 
 
 @pytest.mark.parametrize("name", FILES)
