@@ -1,16 +1,79 @@
-"""Ends of a weight update that live in this process: a learner's weights in buckets, and an engine driven by calls."""
+"""What ends of a weight update are made of: a learner's weights in buckets, processes that run functions, and the two
+ends of an update within one process."""
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from alignment.engines.transport import Tally, done
+from alignment.errors import EngineFailed
 from alignment.sampling import Received, Receiver
+
+T = TypeVar("T")
 
 Form = Literal["merged", "adapter"]
 MEBI = 1 << 20
+
+
+class Place(Protocol):
+    """A process that holds a rank of the learner, or an engine.
+
+    ``learner.places()`` gives one per rank, in their order, and ``sampler.places()`` one per engine that is alive; an
+    engine that was started again has another ``Place``. Whoever watches for heartbeats must expect that a place is busy
+    for as long as an update may take.
+    """
+
+    name: str
+    """For messages: ``learner rank 1``, ``vllm engine 2 on node1``."""
+
+    def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Runs ``function(owner, *args)`` there, after all that was called before; for an engine between two steps.
+
+        ``owner`` is the learner's rank (what has ``weights``) or the ``VllmEngine``. The function is one of a module.
+        """
+        ...
+
+
+class LocalPlace:
+    """This process."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        return done(function, self.owner, *args)
+
+
+def learner_places(learner: Any) -> list[Place]:
+    """The processes of a learner, rank by rank; one in this process has no ``places``."""
+    return list(learner.places()) if hasattr(learner, "places") else [LocalPlace(learner, "the learner")]
+
+
+def together(pending: Sequence[tuple[str, Future[Any]]]) -> Future[list[Any]]:
+    """One future of several: all results, or the first error, which it names, without waiting for the others."""
+    combined: Future[list[Any]] = Future()
+    lock, left = threading.Lock(), len(pending)
+
+    def finished(name: str, future: Future[Any]) -> None:
+        nonlocal left
+        error = future.exception()
+        with lock:
+            left -= 1
+            if combined.done():
+                return
+            if error is not None:
+                failure = EngineFailed(f"{name}: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                combined.set_exception(failure)
+            elif left == 0:
+                combined.set_result([f.result() for _, f in pending])
+
+    for name, future in pending:
+        future.add_done_callback(lambda f, name=name: finished(name, f))
+    return combined
 
 
 class WeightStream:
@@ -29,9 +92,11 @@ class WeightStream:
 
     def gather(self, count: bool = True) -> dict[str, Tensor] | None:
         """The next bucket; None after the last. ``count`` is for the rank whose bucket is sent."""
-        if self.buckets is None:
-            self.buckets, self.tally = self.learner.weights(self.bucket_bytes, self.form), Tally()
-        bucket = next(self.buckets, None)
+        buckets = self.buckets
+        if buckets is None:
+            buckets = self.buckets = iter(self.learner.weights(self.bucket_bytes, self.form))
+            self.tally = Tally()
+        bucket = next(buckets, None)
         if bucket is not None and count:
             self.tally.add(bucket)
         return bucket
