@@ -18,11 +18,11 @@ Form = Literal["merged", "adapter"]
 MEBI = 1 << 20
 
 
-class Place(Protocol):
+class Peer(Protocol):
     """A process that holds a rank of the learner, or an engine.
 
-    ``learner.places()`` gives one per rank, in their order, and ``sampler.places()`` one per engine that is alive; an
-    engine that was started again has another ``Place``. Whoever watches for heartbeats must expect that a place is busy
+    ``learner.peers()`` gives one per rank, in their order, and ``sampler.peers()`` one per engine that is alive; an
+    engine that was started again has another ``Peer``. Whoever watches for heartbeats must expect that a peer is busy
     for as long as an update may take.
     """
 
@@ -37,7 +37,7 @@ class Place(Protocol):
         ...
 
 
-class LocalPlace:
+class LocalPeer:
     """This process."""
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -47,9 +47,9 @@ class LocalPlace:
         return done(function, self.owner, *args)
 
 
-def learner_places(learner: Any) -> list[Place]:
-    """The processes of a learner, rank by rank; one in this process has no ``places``."""
-    return list(learner.places()) if hasattr(learner, "places") else [LocalPlace(learner, "the learner")]
+def learner_peers(learner: Any) -> list[Peer]:
+    """The processes of a learner, rank by rank; one in this process has no ``peers``."""
+    return list(learner.peers()) if hasattr(learner, "peers") else [LocalPeer(learner, "the learner")]
 
 
 def together(pending: Sequence[tuple[str, Future[Any]]]) -> Future[list[Any]]:
