@@ -5,7 +5,7 @@ micro-batches (a forward and backward pass each, by a budget of padded tokens). 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -120,36 +120,6 @@ def plan_micro_batches(length_B: Tensor, max_tokens: int) -> list[Tensor]:
         plan.append(order[start:end])
         start = end
     return plan
-
-
-def micro_batches(batch: Batch, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:
-    """Row indices and rows of each micro-batch, leaving out rows in which nothing is trained on."""
-    rows = batch.loss_mask_BT.any(1).nonzero()[:, 0]
-    for micro in plan_micro_batches(batch.length_B[rows], max_tokens):
-        yield rows[micro], batch.rows(rows[micro])
-
-
-def per_micro_batch(
-    batch: Batch, max_tokens: int, compute: Callable[[Batch], Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Runs ``compute`` on micro-batches and puts the fields that it returns together.
-
-    Fields are named as in :class:`Batch`: ``*_BT`` has rows and tokens, ``*_B`` rows. Rows that are left out are 0.
-    """
-    whole: dict[str, Tensor] = {}
-    # Where nothing is trained on, one row stands in, so that the fields exist.
-    first = torch.zeros(1, dtype=torch.int64, device=batch.ids_BT.device)
-    for rows, micro in list(micro_batches(batch, max_tokens)) or [(first, batch.rows(first))]:
-        for name, value in compute(micro).items():
-            per_token = name.rpartition("_")[2].startswith("BT")
-            if name not in whole:
-                shape = (*batch.ids_BT.shape, *value.shape[2:]) if per_token else (len(batch), *value.shape[1:])
-                whole[name] = value.new_zeros(shape)
-            if per_token:
-                whole[name][rows, : value.shape[1]] = value
-            else:
-                whole[name][rows] = value
-    return whole
 
 
 def _without_gaps(piece_G: Tensor, n: int) -> Tensor:

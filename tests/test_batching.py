@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.batching import collate, micro_batches, per_micro_batch, plan_micro_batches, split_minibatches
+from alignment.batching import collate, plan_micro_batches, split_minibatches
+from alignment.partition import Share
 from alignment.types import Group, Prompt, Rollout, SamplingParams, Score, keyed_seed
 from tests.engines.helpers import make_batch
 
@@ -163,9 +164,9 @@ def test_the_order_of_mini_batches_depends_on_the_key_alone() -> None:
 
 def test_micro_batches_leave_out_rows_without_trained_tokens() -> None:
     batch = make_batch()
-    rows = torch.cat([rows for rows, _ in micro_batches(batch, 22)])
+    rows = torch.cat([rows for rows, _ in Share().micro_batches(batch, 22)])
     assert sorted(rows.tolist()) == [0, 2, 3, 4, 5, 6, 7]
-    for rows, micro in micro_batches(batch, 22):
+    for rows, micro in Share().micro_batches(batch, 22):
         assert micro.ids_BT.shape[1] == int(batch.length_B[rows].max())
 
 
@@ -176,10 +177,10 @@ def test_fields_computed_by_micro_batch_come_back_in_their_rows() -> None:
         ids = micro.ids_BT * micro.loss_mask_BT
         return {"x_BT": ids, "y_BTK": ids[..., None] * torch.tensor([1, 2]), "z_B": micro.length_B}
 
-    whole = per_micro_batch(batch, 22, compute)
+    whole = Share().compute(batch, 22, compute)
     ids = batch.ids_BT * batch.loss_mask_BT
     assert torch.equal(whole["x_BT"], ids)
     assert torch.equal(whole["y_BTK"], ids[..., None] * torch.tensor([1, 2]))
     assert torch.equal(whole["z_B"], batch.length_B * batch.loss_mask_BT.any(1))
     nothing = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
-    assert not per_micro_batch(nothing, 22, compute)["x_BT"].any()
+    assert not Share().compute(nothing, 22, compute)["x_BT"].any()

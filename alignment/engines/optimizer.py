@@ -4,17 +4,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.learner_config import LearnerOptions
 from alignment.errors import UserError
 from alignment.tensorfile import read_tensors, write_tensors
 
 
-def lr_at(update: int, config: TorchLearnerConfig, total: int) -> float:
+def lr_at(update: int, config: LearnerOptions, total: int) -> float:
     """The learning rate of update ``update`` (from 0) out of ``total``.
 
     It rises linearly over ``warmup_steps``, reaching ``lr`` with the last of them. Then with ``x`` from 0 to 1 over
@@ -27,6 +27,15 @@ def lr_at(update: int, config: TorchLearnerConfig, total: int) -> float:
     shape = {"constant": 1.0, "linear": 1.0 - x, "cosine": 0.5 * (1.0 + math.cos(math.pi * x))}[config.schedule]
     floor = 1.0 if config.schedule == "constant" else config.min_lr_ratio
     return config.lr * (floor + (1.0 - floor) * shape)
+
+
+def adamw_over(parameters: Mapping[str, nn.Parameter], config: LearnerOptions) -> torch.optim.AdamW:
+    """AdamW whose weight decay acts on parameters of two or more dimensions."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    others = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 @dataclass
@@ -42,96 +51,74 @@ class StepCounts:
     skipped_in_a_row: int = 0
 
 
-class Slot:
-    """One optimizer over named parameters, with its own moments and place in the schedule.
+@dataclass(frozen=True)
+class Tried:
+    """What came of an attempt to step."""
 
-    Several slots may train the same parameters: a step in one leaves the moments of the others untouched.
+    loss: float
+    norm: float
+    """The global gradient norm before clipping."""
+    not_finite: str | None = None
+    """None where the step was taken. Otherwise what is not finite, or "" if no more than these two is known."""
 
-    Args:
-        parameters: What is trained, by name.
-        config: The learner's options; those of the optimizer are read.
-        total_updates: Length of the schedule; an update takes any number of steps at one learning rate.
-    """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TorchLearnerConfig, total_updates: int) -> None:
-        self.parameters, self.config, self.total_updates = dict(parameters), config, total_updates
-        self.counts = StepCounts()
-        self._moved = False
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        others = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+class Stepper(Protocol):
+    """Moments over the trained parameters, and how a step on them is taken."""
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the update that was begun last."""
-        return self.adamw.param_groups[0]["lr"]
+    adamw: torch.optim.AdamW
 
-    def begin(self) -> None:
-        """Begins an update: clears gradients and sets its learning rate."""
+    def begin(self, lr: float) -> None:
+        """The next steps are taken with these moments, at this rate; gradients are cleared."""
+        ...
+
+    def step(self, loss: Tensor) -> Tried:
+        """Clips and steps if ``loss`` and the gradients are finite, on every rank alike; clears the gradients."""
+        ...
+
+    def save(self, stem: Path) -> None:
+        """Writes the moments to files whose names begin with ``stem``."""
+        ...
+
+    def restore(self, stem: Path, steps: int) -> None:
+        """Takes back what :meth:`save` wrote after ``steps`` steps."""
+        ...
+
+
+class AdamW:
+    """The moments of one process that holds all parameters and their gradients."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: LearnerOptions) -> None:
+        self.parameters, self.max_grad_norm = dict(parameters), config.max_grad_norm
+        self.adamw = adamw_over(self.parameters, config)
+
+    def begin(self, lr: float) -> None:
         self.adamw.zero_grad(set_to_none=True)
         for group in self.adamw.param_groups:
-            group["lr"] = lr_at(self.counts.updates, self.config, self.total_updates)
-        self.counts.begun += 1
-        self._moved = False
+            group["lr"] = lr
 
-    def step(self, loss: Tensor) -> tuple[float, float, bool]:
-        """One optimizer step on the gradients that have been accumulated, which are cleared.
-
-        Args:
-            loss: What they are the gradient of, to be checked and reported.
-
-        Returns:
-            The loss, the global gradient norm before clipping, and whether a step was taken.
-
-        Raises:
-            FloatingPointError: ``max_skipped_steps`` steps in a row were skipped for numbers that are not finite.
-        """
+    def step(self, loss: Tensor) -> Tried:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         loss_now, norm_now = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        bad: str | None = None
         if math.isfinite(loss_now) and math.isfinite(norm_now):
-            if self.config.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
             self.adamw.step()
-            self.counts.steps += 1
-            self.counts.updates += not self._moved
-            self._moved = True
-            self.counts.skipped_in_a_row = 0
         else:
-            self._skip(loss_now, norm_now)
+            names = [n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+            bad = f"the gradient of {', '.join(names[:3])} ({len(names)} parameters)" if names else ""
         self.adamw.zero_grad(set_to_none=True)
-        return loss_now, norm_now, self.counts.skipped_in_a_row == 0
+        return Tried(loss_now, norm_now, bad)
 
-    def _skip(self, loss: float, norm: float) -> None:
-        self.counts.skipped += 1
-        self.counts.skipped_in_a_row += 1
-        if self.counts.skipped_in_a_row < self.config.max_skipped_steps:
-            return
-        bad = [n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-        named = f"; not finite: the gradient of {', '.join(bad[:3])} ({len(bad)} parameters)" if bad else ""
-        raise FloatingPointError(
-            f"{self.counts.skipped_in_a_row} optimizer steps in a row had no finite numbers: the loss is {loss}, the "
-            f"gradient norm {norm}{named}. Lower lr or max_grad_norm, or look at the rewards of the last batches"
-        )
-
-    def save(self, stem: Path) -> dict[str, Any]:
-        """Writes the moments to ``stem`` + ``.safetensors``; the result is the JSON part."""
+    def save(self, stem: Path) -> None:
         state = {
             f"{name}.{key}": value
             for name, p in self.parameters.items()
             for key, value in self.adamw.state.get(p, {}).items()
         }
         write_tensors(stem.with_suffix(".safetensors"), state)
-        return dict(vars(self.counts))
 
-    def restore(self, stem: Path, counts: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`save` wrote and returned.
-
-        Raises:
-            UserError: The moments are of other parameters, or of other shapes.
-        """
+    def restore(self, stem: Path, steps: int) -> None:
         path = stem.with_suffix(".safetensors")
         state: dict[nn.Parameter, dict[str, Tensor]] = {}
         for full_name, value in read_tensors(path).items():
@@ -143,7 +130,93 @@ class Slot:
         self.adamw.state.clear()
         for p, moments in state.items():
             self.adamw.state[p] = moments
+
+
+class Slot:
+    """One optimizer over named parameters, with its own moments and place in the schedule.
+
+    Several slots may train the same parameters: a step in one leaves the moments of the others untouched.
+
+    Args:
+        parameters: What is trained, by name.
+        config: The learner's options; those of the optimizer are read.
+        total_updates: Length of the schedule; an update takes any number of steps at one learning rate.
+        stepper: Takes the steps; None: :class:`AdamW`, in this process alone.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: LearnerOptions,
+        total_updates: int,
+        stepper: Stepper | None = None,
+    ) -> None:
+        self.config, self.total_updates = config, total_updates
+        self.stepper: Stepper = AdamW(parameters, config) if stepper is None else stepper
+        self.counts = StepCounts()
+        self.lr = config.lr
+        """The learning rate of the update that was begun last."""
+        self._moved = False
+
+    @property
+    def adamw(self) -> torch.optim.AdamW:
+        """PyTorch's optimizer underneath."""
+        return self.stepper.adamw
+
+    def begin(self) -> None:
+        """Begins an update: clears gradients and sets its learning rate."""
+        self.lr = lr_at(self.counts.updates, self.config, self.total_updates)
+        self.stepper.begin(self.lr)
+        self.counts.begun += 1
+        self._moved = False
+
+    def step(self, loss: Tensor) -> tuple[float, float, bool]:
+        """One optimizer step on the gradients that have been accumulated, which are cleared.
+
+        Args:
+            loss: What they are the gradient of, to be checked and reported; of several ranks, this one's part.
+
+        Returns:
+            The loss, the global gradient norm before clipping, and whether a step was taken.
+
+        Raises:
+            FloatingPointError: ``max_skipped_steps`` steps in a row were skipped for numbers that are not finite.
+        """
+        tried = self.stepper.step(loss)
+        if tried.not_finite is None:
+            self.counts.steps += 1
+            self.counts.updates += not self._moved
+            self._moved = True
+            self.counts.skipped_in_a_row = 0
+        else:
+            self._skip(tried)
+        return tried.loss, tried.norm, tried.not_finite is None
+
+    def _skip(self, tried: Tried) -> None:
+        self.counts.skipped += 1
+        self.counts.skipped_in_a_row += 1
+        if self.counts.skipped_in_a_row < self.config.max_skipped_steps:
+            return
+        named = f"; not finite: {tried.not_finite}" if tried.not_finite else ""
+        raise FloatingPointError(
+            f"{self.counts.skipped_in_a_row} optimizer steps in a row had no finite numbers: the loss is {tried.loss}, "
+            f"the gradient norm {tried.norm}{named}. Lower lr or max_grad_norm, or look at the rewards of the last "
+            "batches"
+        )
+
+    def save(self, stem: Path) -> dict[str, Any]:
+        """Writes the moments to files that begin with ``stem``; the result is the JSON part."""
+        self.stepper.save(stem)
+        return dict(vars(self.counts))
+
+    def restore(self, stem: Path, counts: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`save` wrote and returned.
+
+        Raises:
+            UserError: The moments are of other parameters, or of other shapes.
+        """
         self.counts = StepCounts(**counts)
+        self.stepper.restore(stem, self.counts.steps)
 
 
-__all__ = ["Slot", "StepCounts", "lr_at"]
+__all__ = ["AdamW", "Slot", "StepCounts", "Stepper", "Tried", "adamw_over", "lr_at"]

@@ -1,6 +1,7 @@
 """What the learner computes, and what leaves it unchanged: split, padding, order, dropout."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,4 +200,5 @@ def test_dropout_asks_for_the_policys_own_log_probabilities() -> None:
 def test_the_recipe_names_it() -> None:
     config = learners.build({"name": "torch", "lr": 0.1, "betas": [0.5, 0.9]})
     assert isinstance(config, TorchLearnerConfig) and config.betas == (0.5, 0.9)
-    assert isinstance(config.build(type("M", (), {"module": tiny()}), total_updates=3, seed=0), TorchLearner)
+    site: Any = SimpleNamespace(model=SimpleNamespace(module=tiny()))
+    assert isinstance(config.build(site, total_updates=3, seed=0), TorchLearner)

@@ -1,0 +1,200 @@
+"""How a learner's weights are kept, run and stepped on: in one process here, in one rank of several elsewhere."""
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from alignment.engines.cpu import checkpoint_contexts, float32_attention
+from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.logprobs import Entropy, LogProbs
+from alignment.engines.optimizer import Slot
+from alignment.partition import Share
+from alignment.tensorfile import copy_into, digest, read_tensors, weights_of, write_tensors
+from alignment.types import Batch
+
+Kept = dict[str, Tensor]
+"""A copy of the trained weights, or of this rank's part of them."""
+
+
+class Backend(Protocol):
+    """What one process and one rank of several do unlike. Where ranks work together, all of them call alike."""
+
+    module: nn.Module
+    """The transformers model, possibly inside a peft adapter."""
+    trained: dict[str, nn.Parameter]
+    device: torch.device
+    share: Share
+    """Which rows of a batch are computed here."""
+    fresh_adapter: bool
+    """Whether the model had an adapter that did nothing when the learner was made."""
+
+    def logprobs(self, batch: Batch, entropy: Entropy = "none") -> tuple[Tensor, Tensor | None]:
+        """:class:`alignment.engines.logprobs.LogProbs` of the module."""
+        ...
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, the module is run."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of this rank's part of the loss; ``last`` is the last before a step."""
+        ...
+
+    def slot(self, total_updates: int) -> Slot:
+        """A new optimizer over the trained weights."""
+        ...
+
+    def joined(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums for metrics (``*_max``: maxima) over all ranks; a rank that had no rows brings none."""
+        ...
+
+    def assembled(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fields of a whole batch from those that each rank has in its own rows."""
+        ...
+
+    def keep(self) -> Kept:
+        """A copy of the trained weights as they are now."""
+        ...
+
+    def using(self, kept: Kept) -> AbstractContextManager[None]:
+        """The module computes with the weights that were kept, inside."""
+        ...
+
+    def fingerprint(self) -> str:
+        """:func:`alignment.tensorfile.digest` of all weights."""
+        ...
+
+    def frozen(self) -> str:
+        """A checksum of the weights that training does not change."""
+        ...
+
+    def write(self, path: Path, kept: Kept | None = None) -> None:
+        """Writes whole weights: what training changes, or what was kept of it."""
+        ...
+
+    def read(self, path: Path) -> None:
+        """Takes the weights that :meth:`write` wrote, in place."""
+        ...
+
+    def read_kept(self, path: Path) -> Kept:
+        """What was kept, from what :meth:`write` wrote."""
+        ...
+
+    def close(self) -> None:
+        """Ends whatever it started; may be called twice."""
+        ...
+
+
+class OneProcess:
+    """A module in this process, trained in place.
+
+    Raises:
+        ValueError: Nothing in ``module`` requires a gradient.
+    """
+
+    def __init__(self, module: nn.Module, config: TorchLearnerConfig) -> None:
+        self.config, self.share = config, Share()
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        self.device = torch.device(name)
+        self.module = module.to(self.device).eval()
+        self.trained, self.fresh_adapter = trained_of(module), has_fresh_adapter(module)
+        self.autocast = config.autocast == "bfloat16"
+        checkpoint_gradients(module, config.gradient_checkpointing, self.device, self.autocast)
+        self.logprobs = LogProbs(module, config.logits_chunk_mb, self.autocast)
+        self._frozen: str | None = None
+
+    def computing(self) -> AbstractContextManager[None]:
+        return float32_attention(self.device, self.autocast)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def slot(self, total_updates: int) -> Slot:
+        return Slot(self.trained, self.config, total_updates)
+
+    def joined(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return sums
+
+    def assembled(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        return fields
+
+    def keep(self) -> Kept:
+        return {name: p.detach().clone() for name, p in self.trained.items()}
+
+    @contextmanager
+    def using(self, kept: Kept) -> Iterator[None]:
+        policy = {name: p.data for name, p in self.trained.items()}
+        try:
+            for name, p in self.trained.items():
+                p.data = kept[name]
+            yield
+        finally:
+            for name, p in self.trained.items():
+                p.data = policy[name]
+
+    def fingerprint(self) -> str:
+        return digest(weights_of(self.module))
+
+    def frozen(self) -> str:
+        if self._frozen is None:
+            self._frozen = frozen_digest(self.module, self.trained)
+        return self._frozen
+
+    def write(self, path: Path, kept: Kept | None = None) -> None:
+        write_tensors(path, changing(self.module, self.trained) if kept is None else kept)
+
+    def read(self, path: Path) -> None:
+        own = changing(self.module, self.trained)
+        copy_into(own, read_tensors(path, own))
+
+    def read_kept(self, path: Path) -> Kept:
+        return {name: tensor.to(self.device) for name, tensor in read_tensors(path, self.trained).items()}
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, by name.
+
+    Raises:
+        ValueError: There are none.
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
+    return trained
+
+
+def has_fresh_adapter(module: nn.Module) -> bool:
+    """Whether there is an adapter and it does nothing yet, so that the policy of now is the model without it."""
+    parameters = module.named_parameters()
+    return hasattr(module, "disable_adapter") and not any(
+        p.any() for name, p in parameters if p.requires_grad and "lora_B" in name
+    )
+
+
+def checkpoint_gradients(module: nn.Module, wanted: bool, device: torch.device, autocast: bool) -> None:
+    """Turns the recomputation of activations on or off; an earlier learner of the same module may have set it."""
+    if wanted:
+        contexts = partial(checkpoint_contexts, device, autocast)
+        module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # pyright: ignore[reportCallIssue]
+    else:
+        module.gradient_checkpointing_disable()  # pyright: ignore[reportCallIssue]
+
+
+def changing(module: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
+    """What training changes: trained parameters and buffers that belong to the model."""
+    parameters = dict(module.named_parameters())
+    return {n: t for n, t in weights_of(module).items() if n in trained or n not in parameters}
+
+
+def frozen_digest(module: nn.Module, trained: Collection[str]) -> str:
+    """A checksum of all other weights."""
+    moving = changing(module, trained)
+    return digest({name: tensor for name, tensor in weights_of(module).items() if name not in moving})
