@@ -97,19 +97,60 @@ def train(
     raise typer.Exit(int(result["exit_code"]))
 
 
-@command("align check recipes/quickstart.yaml")
-def check(recipe: Recipes, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show the resolved recipe and its plan, or every mistake in it. Trains nothing."""
+@command("align check recipes/gsm8k_8gpu.yaml --nodes 1 --gpus 8")
+def check(
+    recipe: Recipes,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Also plan it for so many machines; default 1.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of each machine; default 1.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", min=1, help="Memory of each GPU in GiB; default 80.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the resolved recipe and its plan, or every mistake in it. Trains nothing and fetches nothing.
+
+    With --nodes or --gpus also what lies where, how much memory it takes, and whether it fits: exit code 1 if not.
+    """
     from alignment.plan import make_plan
     from alignment.plan_view import show_plan
     from alignment.recipe import load
 
     loaded = load(recipe, overrides or [])
-    plan = make_plan(loaded)
+    plan = make_plan(loaded, hardware(nodes, gpus, gpu_memory))
     if as_json:
         _print_json({"recipe": loaded.resolved(), "plan": plan.to_json()})
     else:
         show_plan(loaded, plan, Console())
+    if not plan.fits:
+        raise typer.Exit(1)
+
+
+def hardware(nodes: int | None, gpus: int | None, gpu_memory: float | None) -> Any:
+    """The machines that options describe; None if there are none."""
+    from alignment.cluster_plan import Hardware
+
+    if nodes is None and gpus is None and gpu_memory is None:
+        return None
+    return Hardware(nodes or 1, gpus or 1, gpu_memory or 80.0)
+
+
+@command("align launch recipes/quickstart.yaml --on slurm --cluster cluster.yaml --dry-run")
+def launch(
+    recipe: Recipes,
+    on: Annotated[str, typer.Option(metavar="local|ray|slurm", help="Where to train.")] = "local",
+    cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="The cluster's description.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and run.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended, with its exit code.")] = False,
+) -> None:
+    """Train a recipe on this machine, on a Ray cluster that is there already, or as a Slurm job.
+
+    --set cluster.KEY=VALUE changes the cluster's description, any other --set the recipe.
+    """
+    from launch.command import launch as launch_recipe
+
+    raise typer.Exit(launch_recipe(recipe, on, cluster, overrides or [], dry_run, wait))
 
 
 @command("align list policy_losses clip")

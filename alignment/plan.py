@@ -8,10 +8,14 @@ from typing import Any
 
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
+from alignment.architectures import Shape
+from alignment.cluster_plan import Hardware, Load, StageOnCluster
+from alignment.cluster_remedies import planned
+from alignment.data.files import DatasetSource
 from alignment.data.hub import names_folder
 from alignment.data.load import SECTIONS, Section, accepted, longest_prompt, read_section
 from alignment.errors import UserError
-from alignment.model_size import Shape, max_positions, memory_bytes
+from alignment.model_size import max_positions, memory_bytes
 from alignment.models import load_tokenizer
 from alignment.positions import demands, too_long
 from alignment.recipe import ModelConfig, OnlineStage, Recipe, SftStage, Stage
@@ -41,11 +45,11 @@ class StagePlan:
     updates: int
     """Optimizer steps of a step."""
     micro_batches: int | None
-    """Of a mini-batch, at most."""
+    """Of a mini-batch on one learner rank, at most."""
     passes: tuple[str, ...]
     components: Mapping[str, str]
     memory_bytes: Mapping[str, int] | None
-    """Estimated, by what it is for; see :func:`alignment.model_size.memory_bytes`."""
+    """Estimated, of each process that learns, by what it is for; see :func:`alignment.model_size.memory_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,32 @@ class Plan:
     parameters: int | None
     trainable: int | None
     data: Mapping[str, Mapping[str, Any]]
-    """:meth:`alignment.data.load.Section.report` of each section, as far as it is known without the model."""
+    """:meth:`alignment.data.load.Section.report` of each section, as far as it is known without the model; of what is
+    on the hub, its origin alone."""
     stages: tuple[StagePlan, ...]
+    hardware: Hardware | None = None
+    """The machines that were asked about."""
+    cluster: tuple[StageOnCluster, ...] = ()
+    """How the stages lie on them."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage can run on the machines that were asked about."""
+        return all(stage.fits for stage in self.cluster)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self)
+        return asdict(self) | {"cluster": [stage.to_json() for stage in self.cluster], "fits": self.fits}
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Loads the recipe's data and works out what each stage does.
+def make_plan(recipe: Recipe, hardware: Hardware | None = None) -> Plan:
+    """Loads the recipe's data, unless it is on the hub, and works out what each stage does, and how it would lie on
+    ``hardware``, if that is given.
 
     Raises:
         RecipeError: Data cannot be read, a prompt does not suit the recipe, there is no such folder of a model, or
             completions do not fit its positions; each at the line that names it.
+        UserError: The model is of a kind whose size is not known without it, so nothing can be said about hardware.
     """
     model = recipe.located_model()
     data, problems = _data(recipe)
@@ -81,13 +97,45 @@ def make_plan(recipe: Recipe) -> Plan:
     if problems:
         raise RecipeError(problems)
     shape = Shape.of(model)
+    stages = tuple(_stage_plan(recipe, stage, shape, data) for stage in recipe.stages)
     return Plan(
         model=_origin(model),
         parameters=shape.parameters if shape else None,
         trainable=shape.trainable(recipe.model.lora) if shape else None,
-        data={name: section.report() for name, section in data.items()},
-        stages=tuple(_stage_plan(recipe, stage, shape, data) for stage in recipe.stages),
+        data={name: section.report() for name, section in data.items()} | _on_the_hub(recipe),
+        stages=stages,
+        hardware=hardware,
+        cluster=_on_cluster(recipe, shape, stages, hardware) if hardware else (),
     )
+
+
+def _on_cluster(
+    recipe: Recipe, shape: Shape | None, plans: Sequence[StagePlan], hardware: Hardware
+) -> tuple[StageOnCluster, ...]:
+    if shape is None:
+        raise UserError(
+            f"model.path: the size of {recipe.model.path} is not known here, so nothing can be said about memory: give "
+            "a folder with its config.json (of a model like Llama, Qwen2 or Qwen3)"
+        )
+    found: list[StageOnCluster] = []
+    for stage, plan in zip(recipe.stages, plans, strict=True):
+        longest = recipe.data.max_prompt_tokens + recipe.evaluation.sampling.max_tokens
+        load = Load(recipe.model, shape, plan.rollouts, plan.minibatch_rows, plan.row_tokens or longest)
+        found.append(planned(stage.name, stage, load, hardware))
+    return tuple(found)
+
+
+def _remote(recipe: Recipe, name: str) -> bool:
+    """Whether the section would have to be fetched."""
+    source = getattr(recipe.data, name)
+    return isinstance(source, DatasetSource) and source.is_on_hub(recipe.folder)
+
+
+def _on_the_hub(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What can be said of sections that a check does not fetch."""
+    unknown = dict.fromkeys(("sha256", "rows", "used", "bad", "over_long", "distinct", "floor")) | {"bad_rows": []}
+    names = [name for name in SECTIONS if _remote(recipe, name)]
+    return {name: {"origin": getattr(recipe.data, name).hub_name, **unknown} for name in names}
 
 
 def _origin(model: ModelConfig) -> str:
@@ -102,7 +150,7 @@ def _data(recipe: Recipe) -> tuple[dict[str, Section], list[Problem]]:
     """Each section as it can be known without the model, and what is wrong with any of them."""
     data: dict[str, Section] = {}
     problems: list[Problem] = []
-    for name in SECTIONS:
+    for name in (name for name in SECTIONS if not _remote(recipe, name)):
         try:
             section = read_section(recipe, name)
             if section is not None:
@@ -113,8 +161,10 @@ def _data(recipe: Recipe) -> tuple[dict[str, Section], list[Problem]]:
 
 
 def _lengths(recipe: Recipe, model: ModelConfig, data: Mapping[str, Section]) -> list[Problem]:
-    """What does not fit the positions of a model in a folder. Its tokenizer is loaded only where it is in doubt."""
+    """What does not fit the model's positions. The tokenizer is loaded only where it is in doubt, and from a folder."""
     positions = max_positions(model)
+    if not Path(model.path or "").is_dir():  # its prompts cannot be counted; each has a token at least
+        return too_long(recipe, positions, dict.fromkeys(demands(recipe), 1)) if model.path else []
     bound = {name: recipe.data.max_prompt_tokens for name in data}
     if not too_long(recipe, positions, bound):
         return []
@@ -156,7 +206,8 @@ def _as_characters(section: Section, recipe: Recipe) -> Section:
 def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping[str, Section]) -> StagePlan:
     if isinstance(stage, SftStage):
         rows = prompts = stage.batch_size
-        group_size, minibatches, row_tokens = 1, 1, _longest(recipe, data["demonstrations"].prompts)
+        section = data.get("demonstrations")
+        group_size, minibatches, row_tokens = 1, 1, _longest(recipe, section.prompts) if section else None
     else:
         prompts, group_size, minibatches = stage.prompts_per_step, stage.group_size, stage.algorithm.minibatches
         rows, row_tokens = prompts * group_size, recipe.data.max_prompt_tokens + stage.sampling.max_tokens
@@ -164,7 +215,8 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
     minibatch_rows = rows // minibatches
     micro_batches = None
     if row_tokens is not None and budget is not None:
-        micro_batches = -(-minibatch_rows // max(1, budget // row_tokens))
+        rank_rows = -(-minibatch_rows // getattr(stage.learner, "ranks", 1))
+        micro_batches = -(-rank_rows // max(1, budget // row_tokens))
     return StagePlan(
         name=stage.name,
         stage=stage.stage,
@@ -210,7 +262,8 @@ def _passes(stage: Stage) -> Iterator[str]:
 
 def _components(stage: Stage) -> Iterator[tuple[str, str]]:
     """Every component by its place, with its options that are not the default."""
-    engines = {name: getattr(stage, name) for name in ("sampler", "learner", "cluster")}
+    engines = {name: getattr(stage, name) for name in ("sampler", "learner", "cluster", "transport")}
+    engines = {name: part for name, part in engines.items() if part is not None}
     if isinstance(stage, SftStage):
         parts = {"aggregation": stage.aggregation, **engines}
     else:

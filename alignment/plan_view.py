@@ -10,6 +10,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from ruamel.yaml import YAML
 
+from alignment.cluster_view import show_cluster
 from alignment.plan import Plan, StagePlan
 from alignment.recipe import Recipe
 
@@ -27,6 +28,9 @@ def show_plan(recipe: Recipe, plan: Plan, console: Console) -> None:
     for stage in plan.stages:
         console.print()
         console.print(_stage(stage))
+    if plan.hardware is not None:
+        console.print()
+        show_cluster(plan.cluster, plan.hardware, console)
     console.print(
         "\n[dim]Memory is an estimate for the parts named; the allocator, temporary buffers and the framework itself "
         "come on top.[/dim]"
@@ -56,6 +60,8 @@ def _overview(recipe: Recipe, plan: Plan) -> Table:
 
 def _section(numbers: Mapping[str, Any]) -> str:
     """A section of the data in words."""
+    if numbers["rows"] is None:
+        return f"{numbers['origin']} from the hub (there is no such file or folder), fetched when training starts"
     parts = [f"{numbers['rows']:,} rows", f"{numbers['used']:,} used", f"{numbers['distinct']:,} distinct"]
     if numbers["bad"]:
         parts.append(f"{numbers['bad']:,} bad skipped")

@@ -69,7 +69,7 @@ def test_mistakes_go_to_stderr_with_exit_code_2_and_no_traceback(tmp_path):
 
 def test_only_what_the_user_can_mend_is_told_without_a_traceback(tmp_path, monkeypatch):
     def failing(error):
-        def make_plan(recipe):
+        def make_plan(recipe, hardware):
             raise error
 
         monkeypatch.setattr("alignment.plan.make_plan", make_plan)

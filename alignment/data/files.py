@@ -39,6 +39,9 @@ class DatasetSource:
     config: Annotated[str | None, option("configuration of a hub data set")] = None
     split: Annotated[str | None, option("split of a hub data set; in a folder, the files whose names begin so")] = None
     revision: Annotated[str | None, option("branch, tag or commit of a hub data set")] = None
+    files: Annotated[
+        str | None, option("files of a hub data set that has no configurations, such as hard/train.parquet; * is any")
+    ] = None
     layout: Annotated[Layout, option("whose columns it has: those of field_map alone, verl's or OpenRLHF's")] = "plain"
     field_map: Annotated[
         dict[str, str],
@@ -69,15 +72,26 @@ class DatasetSource:
         """
         path = base / Path(self.path).expanduser()
         columns = Columns(self.layout, self.field_map, self.prompt, self.chat, self.system)
-        if path.exists() or not _may_be_hub_id(self.path):
+        if not self.is_on_hub(base):
             raws, origin = list(self._local(path, base)), str(path)
         else:
-            raws, origin = load_rows(self.path, self.config, self.split, self.revision, base)
+            raws, origin = load_rows(self.path, self.config, self.split, self.revision, base, self.files)
             raws = [_plain_row(raw.origin, raw.value) for raw in raws]
         return to_dataset(self._picked(raws, origin), columns, origin)
 
+    def is_on_hub(self, base: Path) -> bool:
+        """Whether ``path`` is a hub id: nothing beside the recipe, in ``base``, is called so."""
+        return _may_be_hub_id(self.path) and not (base / Path(self.path).expanduser()).exists()
+
+    @property
+    def hub_name(self) -> str:
+        """The hub id with configuration, files, split and revision, as far as they are given."""
+        chosen = ", ".join(filter(None, (self.config, self.files, self.split)))
+        return self.path + (f" ({chosen})" if chosen else "") + (f" at {self.revision}" if self.revision else "")
+
     def _local(self, path: Path, base: Path) -> Iterator[RawRow]:
-        given = {"config": self.config, "revision": self.revision, "split": None if path.is_dir() else self.split}
+        given = {"config": self.config, "revision": self.revision, "files": self.files}
+        given["split"] = None if path.is_dir() else self.split
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"{name} {value!r} is for data sets on the hub, but {path} is here; leave it out")

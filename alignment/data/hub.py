@@ -78,7 +78,7 @@ def locate_model(path: str, revision: str | None) -> str:
 
 
 def load_rows(
-    path: str, config: str | None, split: str | None, revision: str | None, beside: Path
+    path: str, config: str | None, split: str | None, revision: str | None, beside: Path, files: str | None = None
 ) -> tuple[list[RawRow], str]:
     """The rows of a data set on the hub, and its id with configuration, split and commit.
 
@@ -90,6 +90,7 @@ def load_rows(
         split: Its split; None if it has one only.
         revision: Branch, tag or commit; None is the newest.
         beside: Folder in which local files are looked for, for messages.
+        files: Of the repository, where it says nothing of configurations; they are all one split, ``train``.
 
     Raises:
         UserError: There is no such data set, configuration, split or revision; or the hub cannot be reached, and the
@@ -102,7 +103,7 @@ def load_rows(
             f"{path!r} is no file or folder in {beside}, was not downloaded before, and the hub cannot be reached "
             f"({answer.problem}); {remedy}"
         )
-    table = _load(path, config, split, answer.commit)
+    table = _load(path, config, split, answer.commit, files)
     commit = answer.commit or Path(table.cache_files[0]["filename"]).parent.name
     if answer.commit is None and revision not in (None, commit):
         raise UserError(
@@ -113,14 +114,14 @@ def load_rows(
     return rows, f"{path} ({table.config_name}, {table.split}) at {commit}"
 
 
-def _load(path: str, config: str | None, split: str | None, commit: str | None) -> Any:
+def _load(path: str, config: str | None, split: str | None, commit: str | None, files: str | None) -> Any:
     """One split as a table of datasets, from the hub or, without a commit, from the cache."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
         with _offline() if commit is None else nullcontext():
-            found: Any = datasets.load_dataset(path, config, split=split, revision=commit)
+            found: Any = datasets.load_dataset(path, config, split=split, revision=commit, data_files=files)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load {path!r} from the hub: {error}") from error
     if isinstance(found, datasets.DatasetDict):

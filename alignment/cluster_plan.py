@@ -1,0 +1,347 @@
+"""How the stages of a recipe lie on a cluster, and whether they fit: numbers alone, nothing is started or loaded.
+
+What a process needs is in :mod:`alignment.model_size`, changes that would make a stage fit in
+:mod:`alignment.cluster_remedies`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Any
+
+from alignment.architectures import Shape
+from alignment.engines.ray_needs import Needs, Node
+from alignment.model_size import (
+    CONTEXT,
+    GIB,
+    Training,
+    cache_bytes_per_token,
+    engine_bytes,
+    host_bytes,
+    resting_bytes,
+    training_bytes,
+)
+from alignment.recipe_sections import ModelConfig
+
+ASLEEP = int(1.5 * GIB)
+"""What a vLLM engine keeps while it sleeps: its context and CUDA graphs."""
+USABLE = 0.95
+"""Share of a GPU that a learner can fill: the allocator's blocks do not fit together without gaps."""
+Parts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machines that are asked about, all alike."""
+
+    nodes: int = 1
+    gpus: int = 1
+    """Of one node."""
+    memory_gib: float = 80.0
+    """Of one GPU."""
+
+    @property
+    def memory(self) -> int:
+        """Of one GPU, in bytes."""
+        return int(self.memory_gib * GIB)
+
+    def __str__(self) -> str:
+        each = f"{counted(self.gpus, 'GPU')} with {self.memory_gib:g} GiB"
+        return each if self.nodes == 1 else f"{self.nodes} nodes, each of {each}"
+
+
+@dataclass(frozen=True)
+class Load:
+    """The model, and what a step asks of it."""
+
+    model: ModelConfig
+    shape: Shape
+    rows: int
+    """Of a step."""
+    minibatch_rows: int
+    row_tokens: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """GPUs that all hold the same."""
+
+    what: str
+    gpus: int
+    phases: Mapping[str, Parts]
+    """For each phase of a step, what is in memory by what it is for, in bytes."""
+    limit: int
+    """What may be in memory at once, in bytes."""
+
+    @property
+    def fullest(self) -> str:
+        """The phase in which most is in memory."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Most that is in memory at once, in bytes."""
+        return sum(self.phases[self.fullest].values())
+
+    @property
+    def spare(self) -> int:
+        """What is left at the peak, in bytes; less than nothing where it does not fit."""
+        return self.limit - self.peak
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How many rows of the greatest length the cache of one engine holds."""
+
+    tokens: int
+    sequences: int
+    wanted: int
+    """Rows that an engine gets in a step, as far as it takes them at once."""
+
+
+@dataclass(frozen=True)
+class StageOnCluster:
+    """One stage on a cluster."""
+
+    stage: str
+    nodes: tuple[tuple[str, ...], ...]
+    """For each node, what each of its GPUs holds; "" is nothing. Ray may choose another order."""
+    holdings: tuple[Holding, ...]
+    cache: Cache | None
+    host_bytes: int
+    """On the host of one learner rank, because of offloading."""
+    problems: tuple[str, ...] = ()
+    """Why it cannot run; empty where it can."""
+    remedies: tuple[str, ...] = ()
+    """Changes of the recipe that would mend it."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing beside."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can run."""
+        return not self.problems
+
+    @property
+    def idle(self) -> int:
+        """GPUs that hold nothing."""
+        return sum(not held for node in self.nodes for held in node)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, what follows from the others among them."""
+        kinds = [asdict(h) | {"peak": h.peak, "spare": h.spare, "fullest": h.fullest} for h in self.holdings]
+        return asdict(self) | {"holdings": kinds, "fits": self.fits, "idle": self.idle}
+
+
+def counted(number: float, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number:,g} {noun}{'' if number == 1 else 's'}"
+
+
+def gib(amount: float) -> str:
+    """Bytes in words."""
+    return f"{amount / GIB:.1f} GiB"
+
+
+def needs_of(stage: Any) -> Needs:
+    """GPUs of the stage's ranks and engines; what a ``local`` cluster runs shares one."""
+    colocated = getattr(stage.cluster, "placement", "separate") == "colocated"
+    return Needs.of(stage, colocated, "gpu", getattr(stage.cluster, "cpus_per_process", 1.0))
+
+
+def is_local(stage: Any) -> bool:
+    """Whether everything of the stage lives in one process."""
+    return not hasattr(stage.cluster, "placement")
+
+
+def layout(stage: Any, hardware: Hardware) -> list[list[str]]:
+    """For each node, what each of its GPUs holds: engines first, each on one node, then ranks on what is left."""
+    nodes = [[""] * hardware.gpus for _ in range(hardware.nodes)]
+    if is_local(stage):
+        nodes[0][0] = "learner + engine" if has_engine(stage) else "learner + sampler"
+        return nodes
+    needs = needs_of(stage)
+    shared: list[tuple[int, int]] = []
+    for engine in range(needs.engines):
+        node = next((n for n, held in enumerate(nodes) if held.count("") >= needs.tensor_parallel), None)
+        if node is None:
+            continue
+        for gpu in [g for g, held in enumerate(nodes[node]) if not held][: needs.tensor_parallel]:
+            nodes[node][gpu] = f"engine {engine}"
+            shared.append((node, gpu))
+    free = [(n, g) for n, held in enumerate(nodes) for g, what in enumerate(held) if not what]
+    order = [*shared, *free] if needs.colocated else free
+    for rank, (node, gpu) in enumerate(order[: needs.learner_ranks]):
+        nodes[node][gpu] = " + ".join(filter(None, (f"rank {rank}", nodes[node][gpu])))
+    return nodes
+
+
+def holdings(stage: Any, load: Load, hardware: Hardware) -> tuple[list[Holding], Cache | None]:
+    """What the GPUs hold, and the cache of an engine, if there is one."""
+    training = Training.of(stage.learner, load.model)
+    rows = -(-load.minibatch_rows // training.ranks)
+    parts = training_bytes(load.shape, load.model, training, load.row_tokens, rows, stage.needs_reference)
+    update = {"context": CONTEXT, **parts}
+    rest = {"context": CONTEXT, "learner at rest": resting_bytes(parts)}
+    usable = int(USABLE * hardware.memory)
+    needs = needs_of(stage)
+    if not has_engine(stage):
+        cached = min(load.rows, getattr(stage.sampler, "batch_rows", load.rows)) * load.row_tokens
+        cache = cached * cache_bytes_per_token(load.shape, load.model.dtype)
+        phases = {"update": update, "sampling": {**rest, "cache": cache}}
+        return [Holding("learner and sampler", max(1, needs.learner_ranks), phases, usable)], None
+    engine, cache = _engine(stage, load, hardware)
+    together = is_local(stage) or needs.colocated
+    if together:
+        sleeping = {} if keeps_awake(stage) else {"engine asleep": ASLEEP}
+        awake = engine if keeps_awake(stage) else {}
+        phases = {"update": {**update, **sleeping, **_named(awake)}, "sampling": {**rest, **_named(engine)}}
+        both = 1 if is_local(stage) else min(needs.learner_ranks, needs.engine_devices)
+        found = [Holding("learner and engine in turns", both, phases, usable)]
+        ranks, engines = needs.learner_ranks - both, needs.engine_devices - both
+    else:
+        found, ranks, engines = [], needs.learner_ranks, needs.engine_devices
+    if ranks > 0:
+        found.append(Holding("learner", ranks, {"update": update}, usable))
+    if engines > 0:
+        found.append(Holding("engine", engines, {"sampling": engine}, _budget(stage, hardware)))
+    return found, cache
+
+
+def _named(engine: Parts) -> dict[str, int]:
+    return {f"engine {name}": amount for name, amount in engine.items()}
+
+
+def _budget(stage: Any, hardware: Hardware) -> int:
+    """What an engine may use of each of its GPUs, in bytes; a cache of a given size is not bound by the share."""
+    share = 1.0 if stage.sampler.kv_cache_gb is not None else stage.sampler.gpu_memory_utilization
+    return int(share * hardware.memory)
+
+
+def _engine(stage: Any, load: Load, hardware: Hardware) -> tuple[dict[str, int], Cache]:
+    """What an engine keeps on each of its GPUs, and its cache. One row always has to fit."""
+    sampler, parallel = stage.sampler, stage.sampler.tensor_parallel
+    dtype = "bfloat16" if sampler.dtype == "auto" else sampler.dtype  # what vLLM takes on a GPU
+    found = engine_bytes(load.shape, dtype, parallel, _budget(stage, hardware))
+    if sampler.kv_cache_gb is not None:
+        found["cache"] = int(sampler.kv_cache_gb * GIB)
+    token = cache_bytes_per_token(load.shape, dtype, parallel)
+    tokens = max(0, found["cache"]) // token
+    found["cache"] = max(found["cache"], token * load.row_tokens)
+    wanted = min(-(-load.rows // sampler.engines), sampler.max_num_seqs)
+    return found, Cache(tokens, tokens // load.row_tokens, wanted)
+
+
+def has_engine(stage: Any) -> bool:
+    """Whether what samples has weights and a cache of its own (vLLM)."""
+    return hasattr(stage.sampler, "tensor_parallel")
+
+
+def keeps_awake(stage: Any) -> bool:
+    """Whether an engine that shares a GPU keeps its memory while the learner works."""
+    return not stage.sampler.sleep
+
+
+def on_cluster(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOnCluster:
+    """How ``stage`` lies on ``hardware``, and whether it fits there. Remedies are left out."""
+    found, cache = holdings(stage, load, hardware)
+    training = Training.of(stage.learner, load.model)
+    return StageOnCluster(
+        stage=name,
+        nodes=tuple(tuple(node) for node in layout(stage, hardware)),
+        holdings=tuple(found),
+        cache=cache,
+        host_bytes=host_bytes(load.shape, load.model, training),
+        problems=(*unfit(stage, load, hardware), *_short(found)),
+        notes=tuple(_notes(stage, load, hardware, cache)),
+    )
+
+
+def _short(found: Sequence[Holding]) -> list[str]:
+    """What does not fit into memory, by how much, and what takes most of it."""
+    problems: list[str] = []
+    for holding in found:
+        if holding.spare < 0:
+            parts = sorted(holding.phases[holding.fullest].items(), key=lambda part: -part[1])[:3]
+            most = ", ".join(f"{name} {gib(amount)}" for name, amount in parts)
+            problems.append(
+                f"memory: {holding.what} needs {gib(holding.peak)} in {holding.fullest} and may use "
+                f"{gib(holding.limit)}, {gib(-holding.spare)} too much (most of it: {most})"
+            )
+    return problems
+
+
+def parallel_sizes(shape: Shape, most: int) -> list[int]:
+    """Values of ``tensor_parallel`` up to ``most`` that divide the model: its heads and the MLP, and the key-value
+    heads, or are a multiple of those (each GPU then has a copy of one)."""
+    return [
+        size
+        for size in range(1, most + 1)
+        if shape.heads % size == 0
+        and shape.intermediate % size == 0
+        and (shape.kv_heads % size == 0 or size % shape.kv_heads == 0)
+    ]
+
+
+def unfit(stage: Any, load: Load, hardware: Hardware) -> list[str]:
+    """Numbers that do not go together, with those that would do."""
+    found: list[str] = []
+    needs, shape = needs_of(stage), load.shape
+    if is_local(stage):
+        if needs.learner_ranks or getattr(stage.sampler, "engines", 1) > 1:
+            found.append("cluster: 'local' is one process; ranks and several engines need cluster: ray")
+        return found
+    if has_engine(stage):
+        sizes = parallel_sizes(shape, hardware.gpus)
+        if needs.tensor_parallel not in sizes and needs.tensor_parallel <= hardware.gpus:
+            found.append(
+                f"sampler.tensor_parallel: {needs.tensor_parallel} does not divide the model ({shape.heads} heads, "
+                f"{shape.kv_heads} key-value heads, {shape.intermediate} in the MLP); {_listed(sizes)} would do"
+            )
+    nodes = [Node(hardware.gpus, inf)] * hardware.nodes
+    if (lacking := needs.shortfall(nodes)) is not None:
+        found.append(f"cluster: {lacking}")
+    if needs.learner_ranks > load.minibatch_rows:
+        found.append(
+            f"learner.ranks: {counted(load.minibatch_rows, 'row')} of a mini-batch for {needs.learner_ranks} ranks "
+            f"leaves some without any; at most {load.minibatch_rows} would do, or fewer mini-batches"
+        )
+    return found
+
+
+def _notes(stage: Any, load: Load, hardware: Hardware, cache: Cache | None) -> list[str]:
+    """What can run, but not as well as it could."""
+    found: list[str] = []
+    needs, rows = needs_of(stage), load.minibatch_rows
+    ranks = needs.learner_ranks
+    if ranks and rows % ranks and rows > ranks:
+        even = [n for n in range(1, hardware.nodes * hardware.gpus + 1) if rows % n == 0]
+        found.append(
+            f"a mini-batch of {rows} rows does not divide among {ranks} ranks, so some have a row more; "
+            f"learner.ranks {_around(ranks, even)} would"
+        )
+    prompts = getattr(stage, "prompts_per_step", None)
+    if prompts and needs.engines > prompts:
+        found.append(
+            f"{counted(prompts, 'prompt')} of a step for {needs.engines} engines: the completions of a prompt stay "
+            "on one engine, so some have nothing to do"
+        )
+    if cache is not None and 0 < cache.sequences < cache.wanted:
+        found.append(
+            f"an engine's cache holds {cache.sequences:,} rows of the greatest length at once of the {cache.wanted:,} "
+            "that it gets; if all grow as long, the others wait"
+        )
+    spare = hardware.nodes * hardware.gpus - (1 if is_local(stage) else needs.devices)
+    if spare > 0:
+        ways = "cluster: ray uses more than one" if is_local(stage) else "raise learner.ranks or sampler.engines"
+        found.append(f"{counted(spare, 'GPU')} would be idle; {ways}")
+    return found
+
+
+def _around(number: int, candidates: Sequence[int]) -> str:
+    below, above = [c for c in candidates if c < number][-1:], [c for c in candidates if c > number][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])

@@ -1,0 +1,143 @@
+"""Changes of a recipe that make a stage fit on a cluster: each is tried on the plan before it is told."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+from alignment.cluster_plan import (
+    Hardware,
+    Load,
+    StageOnCluster,
+    has_engine,
+    holdings,
+    is_local,
+    needs_of,
+    on_cluster,
+    parallel_sizes,
+)
+
+SUGGESTED = 3
+"""Changes that are told when each would do alone."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Other values of options."""
+
+    part: str
+    """``learner``, ``sampler`` or ``cluster``."""
+    options: dict[str, Any]
+
+    def applied(self, stage: Any) -> Any | None:
+        """The stage with them; None where it has no such options or they are as they were."""
+        component = getattr(stage, self.part)
+        if not is_dataclass(component) or not all(hasattr(component, name) for name in self.options):
+            return None
+        if all(getattr(component, name) == value for name, value in self.options.items()):
+            return None
+        return stage.model_copy(update={self.part: replace(component, **self.options)})  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        values = [(name, json.dumps(value).strip('"')) for name, value in self.options.items()]
+        return ", ".join(f"{self.part}.{name}: {value}" for name, value in values)
+
+
+def planned(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOnCluster:
+    """How ``stage`` lies on ``hardware``, whether it fits and, if not, what would make it fit."""
+    plan = on_cluster(name, stage, load, hardware)
+    if plan.fits:
+        return plan
+    return replace(plan, remedies=tuple(_remedies(stage, load, hardware)))
+
+
+def _remedies(stage: Any, load: Load, hardware: Hardware) -> Iterator[str]:
+    alone: list[_Change] = []
+    together: list[_Change] = []
+    changed, lack = stage, _lack(stage, load, hardware)
+    for change in _changes(stage, load, hardware):
+        other = change.applied(stage)
+        if other is None:
+            continue
+        if _lack(other, load, hardware) == (0, 0):
+            alone.append(change)
+        further = change.applied(changed)
+        less = _lack(further, load, hardware) if further is not None else lack
+        if less < lack and lack != (0, 0):
+            changed, lack = further, less
+            together.append(change)
+    if alone:
+        yield "any one of these would do: " + "; ".join(map(str, alone[:SUGGESTED]))
+    elif together and lack == (0, 0):
+        yield "these would do together: " + "; ".join(map(str, together))
+    else:
+        yield from _hardware(stage, load)
+
+
+def _lack(stage: Any, load: Load, hardware: Hardware) -> tuple[int, int]:
+    """Problems other than memory, and bytes that are missing, on all kinds of GPU."""
+    plan = on_cluster("", stage, load, hardware)
+    missing = sum(max(0, -holding.spare) for holding in plan.holdings)
+    return len(plan.problems) - sum(holding.spare < 0 for holding in plan.holdings), missing
+
+
+def _changes(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
+    """What may be changed, the harmless first. A change of precision comes late, for results may then differ."""
+    needs, total = needs_of(stage), hardware.nodes * hardware.gpus
+    learner, sampler = stage.learner, stage.sampler
+    yield from _for_engines(stage, load, hardware)
+    yield _Change("learner", {"gradient_checkpointing": True})
+    if (getattr(learner, "micro_batch_tokens", None) or 0) > load.row_tokens:
+        yield _Change("learner", {"micro_batch_tokens": load.row_tokens})
+    if getattr(learner, "logits_chunk_mb", 0) > 128:
+        yield _Change("learner", {"logits_chunk_mb": 128.0})
+    for stage_of_zero in (2, 3):
+        if getattr(learner, "zero_stage", 3) < stage_of_zero:
+            yield _Change("learner", {"zero_stage": stage_of_zero})
+    left = total if needs.colocated else total - needs.engine_devices
+    if needs.learner_ranks:
+        sizes = [n for n in range(1, left + 1) if load.minibatch_rows % n == 0]
+        if sizes and sizes[-1] != needs.learner_ranks:
+            yield _Change("learner", {"ranks": sizes[-1]})
+    if needs.engines and (left := (total - needs.learner_ranks) // needs.tensor_parallel) > 0:
+        yield _Change("sampler", {"engines": left})
+    if not is_local(stage) and has_engine(stage):
+        yield _Change("cluster", {"placement": "separate" if needs.colocated else "colocated"})
+    if getattr(learner, "offload", None) == "none":
+        yield _Change("learner", {"offload": "optimizer"})
+    if getattr(learner, "dtype", "bfloat16") == "float32":
+        yield _Change("learner", {"dtype": "bfloat16"})
+    if getattr(sampler, "dtype", "bfloat16") == "float32":
+        yield _Change("sampler", {"dtype": "bfloat16"})
+
+
+def _for_engines(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
+    """Room for weights and cache: the share of a GPU that just fits beside the learner, or more GPUs for an engine."""
+    if not has_engine(stage):
+        return
+    needs = needs_of(stage)
+    found, _ = holdings(stage, load, hardware)
+    shared = next((h for h in found if "turns" in h.what), None)
+    share = 0.9
+    if shared is not None:
+        resting = sum(n for name, n in shared.phases["sampling"].items() if not name.startswith("engine"))
+        share = int(100 * (shared.limit - resting) / hardware.memory) / 100
+    if share > 0:
+        yield _Change("sampler", {"gpu_memory_utilization": share})
+    for size in parallel_sizes(load.shape, hardware.gpus):
+        engines = needs.engine_devices // size
+        if size != needs.tensor_parallel and engines and not is_local(stage):
+            yield _Change("sampler", {"tensor_parallel": size, "engines": engines})
+
+
+def _hardware(stage: Any, load: Load) -> Iterator[str]:
+    """The GPUs that the stage as it stands would need."""
+    gpus = needs_of(stage).devices
+    if is_local(stage):
+        gpus = 1
+    for memory in (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288):
+        found, _ = holdings(stage, load, Hardware(1, gpus, memory))
+        if all(holding.spare >= 0 for holding in found):
+            yield f"no single change of these options would do; GPUs of {memory} GiB would"
+            return
+    yield "no change of these options would do, nor would GPUs of 288 GiB: spread the learner or an engine over more"
