@@ -131,6 +131,10 @@ class Checkpoints:
             raise
         return self.root / name
 
+    def folder_of(self, step: int) -> Path:
+        """The folder of a step that has a checkpoint; whether it verifies is not looked at."""
+        return self._found()[step]
+
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending; whether they verify is not looked at."""
         return sorted(self._found())

@@ -1,6 +1,5 @@
 """Turns a checkpoint into an ordinary Hugging Face folder: configuration, safetensors and tokenizer."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,14 +8,14 @@ from uuid import uuid4
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 from alignment.checkpoint import Checkpoints
 from alignment.errors import UserError
-from alignment.models import Model, load_model, save_model
+from alignment.model_saving import save_model
+from alignment.models import Model, load_model
+from alignment.origin import copy_policy
 from alignment.recipe_sections import ModelConfig
 from alignment.runs import Run, resolve
-from alignment.tensorfile import copy_into, digest, read_tensors, weights_of
 from alignment.types import keyed_seed
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
     saved = Checkpoints(source.checkpoints).load(which, log.warning)
 
     model = load_model(config, seed)
-    _copy_policy(saved.folder, model.module)
+    copy_policy(saved.folder, model.module)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".tmp-{target.name}-{uuid4().hex}")
     try:
@@ -77,15 +76,10 @@ def load_run(run: str, output: str | Path = "runs", dtype: Literal["float32", "b
     config, seed = _model_of(Run(found))
     saved = Checkpoints(Run(found).checkpoints).load(which, log.warning)
     model = load_model(config, seed)
-    _copy_policy(saved.folder, model.module)
+    copy_policy(saved.folder, model.module)
     if dtype is not None:
         model.module.to(getattr(torch, dtype))
     return model
-
-
-def policy_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """What training changed of the policy, by parameter name: all weights, or those of the adapter under LoRA."""
-    return read_tensors(checkpoint / "learner" / "policy.safetensors")
 
 
 def load_policy(model: Model, run: str, output: str | Path = "runs") -> None:
@@ -97,7 +91,7 @@ def load_policy(model: Model, run: str, output: str | Path = "runs") -> None:
         CheckpointDamaged: The checkpoint is not what was written.
     """
     source, which = resolve(run, output)
-    _copy_policy(Checkpoints(Run(source).checkpoints).load(which, log.warning).folder, model.module)
+    copy_policy(Checkpoints(Run(source).checkpoints).load(which, log.warning).folder, model.module)
 
 
 def _model_of(run: Run) -> tuple[ModelConfig, int]:
@@ -108,19 +102,6 @@ def _model_of(run: Run) -> tuple[ModelConfig, int]:
         return config, keyed_seed(recipe["run"]["seed"], "model")
     except (ValidationError, KeyError) as error:
         raise UserError(f"{run.recipe}: its model is not what this program writes: {error}") from error
-
-
-def _copy_policy(checkpoint: Path, module: nn.Module) -> None:
-    own, new = weights_of(module), policy_weights(checkpoint)
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    if odd := (new.keys() - own.keys()) | (trained - new.keys()):
-        raise UserError(f"{checkpoint} is of a model with other weights: {', '.join(sorted(odd)[:5])}")
-    if odd := [n for n, t in new.items() if t.shape != own[n].shape]:
-        raise UserError(f"{checkpoint} is of a model of another size: {', '.join(sorted(odd)[:5])}")
-    record = json.loads((checkpoint / "learner" / "learner.json").read_text(encoding="utf-8"))
-    if record["frozen"] != digest({name: t for name, t in own.items() if name not in new}):
-        raise UserError(f"{checkpoint} was trained on another base model: set model.path (and revision) to that one")
-    copy_into({name: own[name] for name in new}, new)
 
 
 def _form(form: Form, config: ModelConfig) -> Literal["adapter", "merged"]:

@@ -3,23 +3,28 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from alignment.algorithms.objective import Objective
 from alignment.batching import collate
 from alignment.checkpoint import Checkpoints, Saved, save_state
+from alignment.collect import Sealed
 from alignment.data.load import LoadedData
 from alignment.durable import digest
-from alignment.engines.torch_learner import TorchLearner
-from alignment.engines.transformers_sampler import TransformersSampler
+from alignment.engines.assembly import Engines
+from alignment.engines.config import Site
 from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.evaluation.evaluate import Evaluation, evaluate
 from alignment.flight import FlightRecorder, Watched
+from alignment.ledger import Ledger
 from alignment.metrics import Phases, Record, Sink
 from alignment.models import Model, decode, stop_ids
+from alignment.positions import max_positions
 from alignment.recipe import OnlineStage, Recipe, Sampling, Stage
 from alignment.rollouts import Player
 from alignment.runs import Run
@@ -48,17 +53,39 @@ class Job:
     """By run step."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time by stage name, over all resumes."""
-    learner: TorchLearner = field(init=False)
-    sampler: TransformersSampler = field(init=False)
+    engines: Engines = field(init=False)
+    """Of the stage that is under way."""
     saved_step: int | None = None
     settled: bool = True
     """False between an update of the learner and the step that ``state`` counts it as: nothing may be saved then."""
     _clock: float = field(default_factory=time.monotonic)
+    _meanwhile: Callable[[], None] | None = None
 
     @property
     def seed(self) -> int:
         """The run's seed."""
         return self.recipe.run.seed
+
+    @property
+    def site(self) -> Site:
+        """What engines are built for."""
+        recipe, stage = self.recipe, self.stage
+        longest = [recipe.evaluation.sampling.max_tokens]
+        longest += [stage.sampling.max_tokens] if isinstance(stage, OnlineStage) else []
+        need = recipe.data.max_prompt_tokens + max(longest)
+        folders = tuple(map(str, recipe.plugin_folders))
+        positions = max_positions(self.model.module) or need
+        return Site(self.model, min(need, positions), None, recipe.plugins, folders, self.idle)
+
+    @property
+    def model_has_weights(self) -> bool:
+        """Whether the model's module in this process is more than shapes."""
+        return not any(p.is_meta for p in self.model.module.parameters())
+
+    @property
+    def ledger(self) -> Ledger:
+        """What became of every group."""
+        return Ledger(self.run.folder / "ledger.jsonl")
 
     @property
     def stage(self) -> Stage:
@@ -70,8 +97,34 @@ class Job:
 
         Not while the learner is ahead of ``state``: the step is completed first.
         """
-        limit = self.recipe.data.max_prompt_tokens
-        return Player(self.sampler, self.model.tokenizer, environment, limit, self._check_stop)
+        limit, engines = self.recipe.data.max_prompt_tokens, self.engines
+        return Player(
+            engines.sampler, self.model.tokenizer, environment, limit, self._check_stop, playing=engines.playing
+        )
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Makes the learner's weights the sampler's, as policy ``version``; metrics of the transport."""
+        with self.phases("publish"):
+            return self.engines.publish(version)
+
+    def idle(self) -> None:
+        """What whoever waits for another process calls about ten times a second.
+
+        Raises:
+            Stopped: A stop was asked for, and the learner is not ahead of ``state``.
+        """
+        if self._meanwhile is not None:
+            self._meanwhile()
+        self._check_stop()
+
+    @contextmanager
+    def meanwhile(self, work: Callable[[], None]) -> Iterator[None]:
+        """Lets :meth:`idle` do ``work`` inside."""
+        self._meanwhile = work
+        try:
+            yield
+        finally:
+            self._meanwhile = None
 
     def params(self, sampling: Sampling) -> SamplingParams:
         """The sampler's parameters, with the model's own stop tokens."""
@@ -83,7 +136,7 @@ class Job:
         pad_id = self.model.tokenizer.pad_token_id
         assert pad_id is not None, "load_model sets a padding token"
         batch = collate(groups, pad_id, [s.column for s in specs], [s.weight for s in specs], step, self.seed)
-        return batch.to(self.learner.device)
+        return batch.to(self.engines.learner.device)
 
     def evaluate_if_due(self, step: int) -> Evaluation | None:
         """Evaluates the published policy when ``step`` is due: by the cadence, and at both ends of a stage."""
@@ -92,6 +145,7 @@ class Job:
         due = stage_step in (0, self.stage.steps) or bool(config.every and step % config.every == 0)
         if not self.data.held_out or not due or step in self.evaluations:
             return None
+        self.publish(step)
         with self.phases("evaluate"):
             found = evaluate(
                 self.player(self.recipe.evaluation_environment),
@@ -107,14 +161,19 @@ class Job:
         return found
 
     def record_batch(
-        self, state: TrainState, batch: Batch, watched: Watched, states: Mapping[str, Any], metrics: Mapping[str, float]
+        self,
+        state: TrainState,
+        batch: Batch,
+        watched: Watched | Objective,
+        states: Mapping[str, Any],
+        metrics: Mapping[str, float],
     ) -> None:
         """Keeps the batch for ``align replay``."""
         if keep := self.recipe.run.flight_steps:
             recorder = FlightRecorder(self.run.flight, keep, lambda i: decode(self.model.tokenizer, [i]))
             recorder.record(batch, watched, states, state.stage, state.step, metrics)
 
-    def finish_step(self, state: TrainState, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> TrainState:
+    def finish_step(self, state: TrainState, metrics: Mapping[str, float], sealed: Sealed | None = None) -> TrainState:
         """Counts, logs and, when due, saves a completed step; then stops if a stop was asked for.
 
         Returns:
@@ -123,7 +182,9 @@ class Job:
         Raises:
             Stopped: By Ctrl-C or SIGTERM, once the step is complete.
         """
-        if groups:
+        groups = sealed.sampled if sealed else ()
+        if sealed:
+            self.ledger.append(state.step, sealed)
             name, verdicts = f"verdicts/{self.stage.name}", sum(r.scored for g in groups for r in g.rollouts)
             state = replace(state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts})
         self.state, self.settled = state, True
@@ -175,7 +236,8 @@ class Job:
                 str(step): {**asdict(e), "interval": list(e.interval)} for step, e in self.evaluations.items()
             }
             meta = {"seconds": self.seconds, "evaluations": evaluations, "data": self.data.digests}
-            about = {"config_hash": digest(self.recipe.resolved()), "world_size": 1}
+            world_size = getattr(self.stage.learner, "ranks", 1)
+            about = {"config_hash": digest(self.recipe.resolved()), "world_size": world_size}
             self.checkpoints.save(self.state.step, self._write, {**meta, **about})
         if self._is_best():
             self.checkpoints.mark_best(self.state.step, self.evaluations[self.state.step].accuracy)
@@ -186,7 +248,7 @@ class Job:
             self.stop.check()
 
     def _write(self, folder: Path) -> None:
-        self.learner.save(folder / "learner")
+        self.engines.learner.save(folder / "learner")
         save_state(folder, self.state)
 
     def _save_due(self) -> bool:

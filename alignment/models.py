@@ -5,18 +5,19 @@ transformers and peft are imported when a model is made, so a recipe can be chec
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignment.data.hub import locate_model, names_folder
 from alignment.errors import UserError
 
 if TYPE_CHECKING:
+    from alignment.origin import Origin
     from alignment.recipe_sections import Build, Lora, ModelConfig
 
 PAD, EOS = "<pad>", "<eos>"
@@ -46,14 +47,18 @@ class Model:
     module: nn.Module
     tokenizer: Tokenizer
     name: str
+    origin: "Origin | None" = None
+    """How another process makes the same model."""
 
 
-def load_model(config: "ModelConfig", seed: int) -> Model:
+def load_model(config: "ModelConfig", seed: int, weights: bool = True) -> Model:
     """Builds or loads a model, in evaluation mode on the CPU. Global random state is neither used nor changed.
 
     Args:
         config: Which model.
         seed: Determines every weight that is not loaded: a built model, or an adapter.
+        weights: False: the module is on the ``meta`` device, shapes alone, without an adapter; for a process whose
+            engines live elsewhere.
 
     Raises:
         UserError: The folder, the tokenizer or weights are missing or do not fit together, the hub cannot be reached
@@ -61,9 +66,9 @@ def load_model(config: "ModelConfig", seed: int) -> Model:
     """
     if (config.path is None) == (config.build is None):
         raise UserError("model: give one of 'path' (a folder or a hub id) and 'build' (a new small model)")
-    with _seeded(seed), _no_progress_bars():
-        model = _build(config, config.build) if config.build else _load(config, str(config.path))
-        if config.lora:
+    with _seeded(seed), no_progress_bars(), nullcontext() if weights else torch.device("meta"):
+        model = _build(config, config.build) if config.build else _load(config, str(config.path), weights)
+        if config.lora and weights:
             model.module = _adapt(model.module, config.lora, config.revision)
     model.module.eval()
     return model
@@ -151,56 +156,6 @@ def stop_ids(tokenizer: Tokenizer, module: nn.Module) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in found if i is not None and i < size))
 
 
-def save_model(model: Model, folder: str | Path, merge: bool = True) -> None:
-    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load. The model itself is not changed.
-
-    Args:
-        model: What to save.
-        folder: Is made if need be.
-        merge: Whole weights, a LoRA adapter added to them. Otherwise the adapter alone; its base is then loaded from
-            where it was.
-
-    Raises:
-        UserError: ``merge`` is off, and there is no adapter, or its base has no place to be loaded from.
-    """
-    module: Any = model.module
-    adapted = hasattr(module, "get_base_model")
-    with _no_progress_bars():
-        if not merge:
-            if not adapted:
-                raise UserError("the model has no LoRA adapter to save; save the whole weights (merged)")
-            if not module.active_peft_config.base_model_name_or_path:
-                raise UserError("the adapter's base was built, so there is nowhere to load it from; save it merged")
-            module.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the hub
-        elif adapted:
-            module.get_base_model().save_pretrained(folder, state_dict=_merged_weights(module))
-        else:
-            module.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-
-
-def _merged_weights(module: Any) -> dict[str, Tensor]:
-    """Weights under the base model's names, each adapted one with ``alpha / rank * B A`` added.
-
-    peft's own ``merge_adapter`` changes the model, and taking the update off again does not give the same bits.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    base = module.get_base_model()
-    layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
-    adapters = tuple(f"{name}.lora_" for name in layers)
-    weights: dict[str, Tensor] = {}
-    for name, tensor in base.state_dict().items():
-        if name.startswith(adapters):
-            continue
-        owner, inner, parameter = name.rpartition(".base_layer.")
-        if inner and parameter == "weight":
-            delta = layers[owner].get_delta_weight(module.active_adapter).detach()
-            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
-        weights[f"{owner}.{parameter}" if inner else name] = tensor.contiguous()
-    return weights
-
-
 def _build(config: "ModelConfig", build: "Build") -> Model:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
@@ -244,13 +199,13 @@ def _character_tokenizer(alphabet: str) -> Tokenizer:
     return tokenizer
 
 
-def _load(config: "ModelConfig", path: str) -> Model:
+def _load(config: "ModelConfig", path: str, weights: bool) -> Model:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = _locate(path, config.revision)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load: Any = AutoModelForCausalLM.from_pretrained if weights else _shapes
     try:
         module, loaded = load(
             place,
@@ -267,6 +222,20 @@ def _load(config: "ModelConfig", path: str) -> Model:
     _check_tokenizer(tokenizer, _embedding_rows(module), path)
     module.name_or_path = place if Path(path).expanduser().exists() else path  # adapters record it as their base
     return Model(module, tokenizer, Path(path).name)
+
+
+def _shapes(place: str, *, output_loading_info: bool, **options: Any) -> tuple[nn.Module, dict[str, list[str]]]:
+    """What ``from_pretrained`` gives, but for the weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    asked = {name: options.pop(name) for name in ("revision", "trust_remote_code")}
+    config = AutoConfig.from_pretrained(place, **asked)
+    module = AutoModelForCausalLM.from_config(config, trust_remote_code=asked["trust_remote_code"], **options)
+    try:
+        module.generation_config = GenerationConfig.from_pretrained(place, revision=asked["revision"])
+    except OSError:  # most small models have none; the configuration's own stop tokens then count
+        pass
+    return module, {"missing_keys": []}
 
 
 def _locate(path: str, revision: str | None) -> str:
@@ -338,7 +307,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Transformers shows no progress bars inside."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()

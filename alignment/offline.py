@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from alignment.algorithms.objective import Objective
-from alignment.engines.publish import publish
 from alignment.job import Job
 from alignment.recipe import SftStage
 from alignment.types import Group, Prompt, Rollout, TrainState, keyed_seed
@@ -32,8 +31,6 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
         with job.phases("update"):
             groups = [_group(uid, rollouts[i]) for uid, i in enumerate(index)]
             metrics = supervise(job, groups, state.step, "rl", stage.objective())
-        with job.phases("publish"):
-            publish(job.learner, job.sampler, state.step + 1)
         job.evaluate_if_due(state.step + 1)
         state = job.finish_step(state.next_step(), metrics)
         if state.stage_step >= stage.steps:
@@ -45,7 +42,7 @@ def supervise(
     job: Job, groups: Sequence[Group], step: int, slot: str, objective: Objective | None = None
 ) -> dict[str, float]:
     """One supervised update of ``slot`` on demonstration groups; its metrics under ``<slot>/`` unless it is ``rl``."""
-    metrics = job.learner.update(job.collate(groups, step), objective or Objective.supervised(), slot=slot)
+    metrics = job.engines.learner.update(job.collate(groups, step), objective or Objective.supervised(), slot=slot)
     return dict(metrics) if slot == "rl" else {f"{slot}/{name}": value for name, value in metrics.items()}
 
 

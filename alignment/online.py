@@ -5,8 +5,7 @@ from dataclasses import replace
 from alignment.algorithms.credit import credit
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import observe
-from alignment.collect import Collector, prefetch, staleness
-from alignment.engines.publish import publish
+from alignment.collect import Collector, staleness
 from alignment.engines.roles import handles
 from alignment.flight import Watched
 from alignment.job import Job
@@ -30,41 +29,41 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
     Raises:
         Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
         UserError: A batch could not be filled, or too many rewards failed.
+        EngineFailed: Of the learner's processes one died, or of the sampler's all did.
     """
-    algorithm, learner, phases = stage.algorithm, job.learner, job.phases
+    algorithm, learner, phases = stage.algorithm, job.engines.learner, job.phases
     components, collector = stage.components(), _collector(job, stage)
-    publish(learner, job.sampler, state.step)
+    job.publish(state.step)
 
-    for sealed in prefetch(collector, lambda: job.state, stage.max_staleness):
+    while state.stage_step < stage.steps:
+        sealed = collector.collect(state)
+        job.engines.rest()
         states, context = sealed.state.components, Context(sealed.state.step, job.seed, collector.roles)
         objective = Objective.of(algorithm, states)
         slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.data.demonstrations, context)
+        lag = staleness(slots["rl"], state.step)
         with phases("annotate"):
-            needs = (
-                objective.needs(staleness=staleness(slots["rl"], sealed.state.step)) | algorithm.needs | learner.needs
-            )
+            needs = objective.needs(staleness=lag) | algorithm.needs | learner.needs
             batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
         with phases("credit"):
             batch = credit(batch, algorithm, states)
         job.settled = False
-        with phases("update"):
-            watched = Watched(objective)
+        with phases("update"), job.meanwhile(collector.pump):
+            watched = Watched(objective) if job.engines.in_process else objective
             metrics = learner.update(batch, watched)
             for slot in sorted(slots.keys() - {"rl"}):
                 metrics |= supervise(job, slots[slot], sealed.state.step, slot)
-        with phases("publish"):
-            publish(learner, job.sampler, sealed.state.step + 1)
+        metrics |= job.publish(sealed.state.step + 1)
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
         with phases("record"):
             signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
             states = observe(components, states, signals)
             state = replace(sealed.state.next_step(), components=states)
             job.record_batch(state, batch, watched, sealed.state.components, metrics)
-            metrics = metrics | summarise(sealed.sampled, sealed.dropped)
-        state = job.finish_step(state, metrics, sealed.sampled)
-        if state.stage_step >= stage.steps:
-            break
+            metrics = metrics | summarise(sealed.sampled, sealed.dropped) | {"staleness": float(lag)}
+        state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
+    collector.close()
     return state
 
 
@@ -80,7 +79,8 @@ def _collector(job: Job, stage: OnlineStage) -> Collector:
         params=job.params(stage.sampling),
         max_failed_share=job.recipe.scoring.max_failed_share,
         seed=job.seed,
-        roles=handles(job.learner.roles),
+        roles=handles(job.engines.learner.roles),
         phases=job.phases,
         steps=stage.steps,
+        max_staleness=stage.max_staleness,
     )

@@ -17,7 +17,8 @@ from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.objective import Objective
 from alignment.curricula import Curriculum, places, with_selector
 from alignment.curricula import curricula as curriculum_registry
-from alignment.engines.config import Cluster, SamplerConfig, clusters, samplers
+from alignment.engines import ray_config, transport_config  # noqa: F401 - they register engines
+from alignment.engines.config import Cluster, SamplerConfig, TransportConfig, clusters, samplers, transports
 from alignment.engines.learner_config import LearnerConfig, learners
 from alignment.environments import Environment, environments
 from alignment.recipe_checks import conflicts, model_problems, secrets
@@ -62,6 +63,8 @@ class SftStage(Section):
     """Evaluates."""
     learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
     cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
+    transport: Annotated[TransportConfig, component(transports)] | None = None
+    """How new weights reach the sampler; None: as suits the two."""
 
     @property
     def updates_per_step(self) -> int:
@@ -102,6 +105,8 @@ class OnlineStage(Section):
     sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
     learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
     cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
+    transport: Annotated[TransportConfig, component(transports)] | None = None
+    """How new weights reach the sampler; None: as suits the two."""
 
     @field_validator("curricula")
     @classmethod

@@ -10,7 +10,7 @@ from alignment.recipe_tree import Node, Place, Problem, dotted, walk
 from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
 
 if TYPE_CHECKING:
-    from alignment.recipe import OnlineStage, Recipe
+    from alignment.recipe import OnlineStage, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     yield from _names(recipe)
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
+        yield from _engines(stage, place)
         if stage.stage == "sft":
             if recipe.data.demonstrations is None:
                 yield Conflict(place, "a stage 'sft' needs data.demonstrations", (("data", "demonstrations"),))
@@ -144,13 +145,24 @@ def _online(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Co
                 f"to {off:g}, or allow_truncated_sampling: true to do it anyway"
             )
             yield Conflict((*where, key), message, ((*where, "allow_truncated_sampling"),))
-    bound = getattr(stage.sampler, "max_staleness", 0)
-    if stage.max_staleness > bound:
-        message = (
-            f"{stage.max_staleness} is more than this sampler allows ({bound}): it shares its weights with the "
-            f"learner, so rollouts are never stale; set it to {bound}"
-        )
-        yield Conflict((*place, "max_staleness"), message, ((*place, "sampler"),))
+    shares = getattr(stage.sampler, "needs_module", True)
+    if stage.max_staleness and (shares or getattr(stage.cluster, "placement", None) == "colocated"):
+        why = "shares its weights with the learner" if shares else "sleeps while the learner works"
+        message = f"{stage.max_staleness} is more than this sampler allows (0): it {why}, so rollouts are never stale"
+        yield Conflict((*place, "max_staleness"), f"{message}; set it to 0", ((*place, "sampler"), (*place, "cluster")))
+
+
+def _engines(stage: "Stage", place: Place) -> Iterator[Conflict]:
+    """Engines that do not go together, or not into one process."""
+    parts = {"sampler": stage.sampler, "learner": stage.learner}
+    where = tuple((*place, part) for part in (*parts, "cluster"))
+    for part, engine in parts.items():
+        why = getattr(engine, "needs_cluster", None)
+        if why is not None and not getattr(stage.cluster, "remote", False):
+            yield Conflict((*place, part), f"{why}: set cluster to 'ray'", where)
+    if getattr(stage.sampler, "needs_module", True) and not getattr(stage.learner, "needs_module", True):
+        message = "samples from the weights of a learner in its own process, and this learner is not: use 'vllm'"
+        yield Conflict((*place, "sampler"), message, where)
 
 
 def _sizes(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:

@@ -1,5 +1,10 @@
-"""Plays episodes: prompts go through an environment and a sampler, and come back as groups of rollouts."""
+"""Plays episodes: prompts go through an environment and a sampler, and come back as groups of rollouts.
 
+Several users share one sampler: training may have groups in flight while an evaluation plays its own. Whoever waits
+moves all episodes on, so nobody's turn waits for another's end.
+"""
+
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,6 +12,7 @@ from typing import Any
 from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.models import Tokenizer, decode, encode_prompt
+from alignment.sampling import Sampler
 from alignment.types import (
     Completion,
     FinishReason,
@@ -14,22 +20,13 @@ from alignment.types import (
     Prompt,
     Request,
     Rollout,
-    Sampler,
     SamplingParams,
     Score,
     keyed_seed,
 )
 
-
-@dataclass(frozen=True)
-class Player:
-    """What it takes to play an episode. ``check`` is called between completions and may raise to stop early."""
-
-    sampler: Sampler
-    tokenizer: Tokenizer
-    environment: Environment
-    max_prompt_tokens: int
-    check: Callable[[], None] = lambda: None
+WAIT_S = 0.2
+"""Longest wait for a completion before whoever waits looks after other things."""
 
 
 @dataclass(slots=True)
@@ -71,45 +68,118 @@ class _Episode:
         self.turns += ((role, start, start + len(ids)),)
 
 
+@dataclass(frozen=True)
+class Player:
+    """Plays episodes of one environment. ``check`` is called at each completion and may raise to stop early."""
+
+    sampler: Sampler
+    tokenizer: Tokenizer
+    environment: Environment
+    max_prompt_tokens: int
+    check: Callable[[], None] = lambda: None
+    playing: dict[str, tuple[_Episode, "Playing", "Player"]] = field(default_factory=dict)
+    """Every episode that waits for a completion, by the id of its request; shared by all players of the sampler."""
+    finished: list["Playing"] = field(default_factory=list)
+    """This player's groups that have come to their end since somebody took them out of this list."""
+
+    def start(
+        self, prompts: Sequence[Prompt], uids: Sequence[int], samples: int, params: SamplingParams, seed: int, by: str
+    ) -> list["Playing"]:
+        """Asks for the first turns of ``samples`` episodes of each prompt, without waiting for any.
+
+        The random numbers of an episode depend on ``(seed, uid, sample)`` alone.
+
+        Args:
+            prompts: What to play.
+            uids: One number per prompt, unique among those of the same ``by`` that are in flight.
+            samples: Episodes per prompt.
+            params: ``max_tokens`` bounds the whole completion, observations included.
+            seed: The run's seed.
+            by: Who asks: it begins the ids of the requests, ``eval/7.0``; training says nothing, ``7.0``.
+
+        Raises:
+            UserError: A prompt has more than ``max_prompt_tokens`` tokens, or cannot be sampled.
+        """
+        groups = [
+            Playing(uid, prompt, _start(self, prompt, f"{by}{uid}", uid, samples, params, seed), samples)
+            for prompt, uid in zip(prompts, uids, strict=True)
+        ]
+        self.sampler.add([episode.request() for group in groups for episode in group.episodes])
+        self.playing.update({episode.id: (episode, group, self) for group in groups for episode in group.episodes})
+        return groups
+
+    def pump(self, timeout_s: float | None = None) -> None:
+        """Takes in what the sampler has finished, as :meth:`Sampler.poll` says, and asks for the turns that follow."""
+        completions = self.sampler.poll(timeout_s)
+        following: list[Request] = []
+        for completion in completions:
+            episode, group, player = self.playing[completion.id]
+            if not _advance(player, episode, completion):
+                following.append(episode.request())
+                continue
+            del self.playing[completion.id]
+            group.left -= 1
+            if group.done:
+                player.finished.append(group)
+        if following:
+            self.sampler.add(following)
+        for _ in completions:
+            self.check()
+
+    def abandon(self, groups: Sequence["Playing"]) -> None:
+        """Forgets what is still in flight of these groups."""
+        ids = {episode.id for group in groups for episode in group.episodes} & self.playing.keys()
+        for id_ in ids:
+            del self.playing[id_]
+        self.sampler.abort(ids)
+
+
+@dataclass(slots=True)
+class Playing:
+    """A group whose episodes are being played."""
+
+    uid: int
+    prompt: Prompt
+    episodes: list[_Episode]
+    left: int
+    """Episodes that have not come to their end."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every episode has come to its end."""
+        return self.left == 0
+
+    def seal(self, sampler: str) -> Group:
+        """The unscored group, once it is done."""
+        return Group(self.uid, self.prompt, tuple(_seal(episode, sampler) for episode in self.episodes))
+
+
 def play(
-    player: Player, prompts: Sequence[Prompt], uids: Sequence[int], samples: int, params: SamplingParams, seed: int
+    player: Player,
+    prompts: Sequence[Prompt],
+    uids: Sequence[int],
+    samples: int,
+    params: SamplingParams,
+    seed: int,
+    by: str = "",
 ) -> list[Group]:
     """Plays ``samples`` episodes of each prompt and returns one unscored group per prompt, in the order given.
 
-    The random numbers of an episode depend on ``(seed, uid, sample)`` alone. Turns are sampled in waves: every
-    episode that is not done asks for its next turn together with the others.
-
-    Args:
-        player: Sampler, tokenizer and environment.
-        prompts: What to play.
-        uids: One number per prompt, unique in the run.
-        samples: Episodes per prompt.
-        params: ``max_tokens`` bounds the whole completion, observations included.
-        seed: The run's seed.
-
-    Raises:
-        UserError: A prompt has more than ``player.max_prompt_tokens`` tokens.
+    Arguments and errors are those of :meth:`Player.start`. What others have in flight goes on meanwhile.
     """
-    started = [
-        episode
-        for prompt, uid in zip(prompts, uids, strict=True)
-        for episode in _start(player, prompt, uid, samples, params, seed)
-    ]
-    episodes = {episode.id: episode for episode in started}
-    waiting = started
-    while waiting:
-        unfinished: list[_Episode] = []
-        for completion in player.sampler.submit([episode.request() for episode in waiting]):
-            player.check()
-            episode = episodes[completion.id]
-            if not _advance(player, episode, completion):
-                unfinished.append(episode)
-        waiting = unfinished
-    sealed = [_seal(episode, player.sampler.name) for episode in started]
-    return [
-        Group(uid, prompt, tuple(sealed[i * samples : (i + 1) * samples]))
-        for i, (prompt, uid) in enumerate(zip(prompts, uids, strict=True))
-    ]
+    groups = player.start(prompts, uids, samples, params, seed, by)
+    waited_for = deque(groups)
+    try:
+        while waited_for:
+            if waited_for[0].done:
+                waited_for.popleft()
+            else:
+                player.pump(WAIT_S)
+    except BaseException:
+        player.abandon(groups)
+        raise
+    player.finished.clear()
+    return [group.seal(player.sampler.name) for group in groups]
 
 
 def open_episode(
@@ -130,10 +200,12 @@ def open_episode(
     return state, ids
 
 
-def _start(player: Player, prompt: Prompt, uid: int, samples: int, params: SamplingParams, seed: int) -> list[_Episode]:
+def _start(
+    player: Player, prompt: Prompt, name: str, uid: int, samples: int, params: SamplingParams, seed: int
+) -> list[_Episode]:
     """The episodes of one prompt, which share its tokens."""
     state, ids = open_episode(player.environment, player.tokenizer, player.max_prompt_tokens, prompt)
-    return [_Episode(f"{uid}.{i}", prompt, ids, state, keyed_seed(seed, uid, i), params) for i in range(samples)]
+    return [_Episode(f"{name}.{i}", prompt, ids, state, keyed_seed(seed, uid, i), params) for i in range(samples)]
 
 
 def _advance(player: Player, episode: _Episode, completion: Completion) -> bool:

@@ -9,16 +9,16 @@ from typing import Any
 from alignment.algorithms.state import fresh
 from alignment.checkpoint import Checkpoints, Saved, load_state
 from alignment.data.load import LoadedData, load_data
-from alignment.errors import UserError
+from alignment.engines.assembly import open_engines
+from alignment.errors import EngineFailed, UserError
 from alignment.evaluation.evaluate import Evaluation
-from alignment.export import load_policy
 from alignment.job import Job
 from alignment.metrics import Sink, Sinks, StageResult, build_result
-from alignment.models import load_model
 from alignment.offline import train_supervised
 from alignment.online import train_online
+from alignment.origin import Origin, copy_policy
 from alignment.positions import max_positions, too_long
-from alignment.recipe import OnlineStage, Recipe, RecipeError, differences, load
+from alignment.recipe import OnlineStage, Recipe, RecipeError, Stage, differences, load
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 FILES = {
     "recipe.yaml": "the recipe with every default",
     "metrics.jsonl": "one line per step and per evaluation",
+    "ledger.jsonl": "what became of every group: trained, dropped or in flight",
     "rollouts.jsonl": "a sample of what the model wrote, with scores",
     "result.json": "this summary",
     "checkpoints": "what the run continues from; `align export` makes a model folder of one",
@@ -98,25 +99,21 @@ def _run(
 ) -> dict[str, Any]:
     """Builds what a job needs, runs its stages and writes ``result.json``."""
     with Scorer.from_recipe(recipe) as scorer:
-        model = load_model(recipe.located_model(), keyed_seed(recipe.run.seed, "model"))
-        if saved is None and init_from is not None:
-            load_policy(model, init_from, recipe.run.output)
+        origin = _origin(recipe, None if saved else init_from)
+        model = origin.make(weights=any(_needs_weights(stage) for stage in recipe.stages))
         data = load_data(recipe, model, scorer)
         if problems := too_long(recipe, max_positions(model.module), data.longest):
             raise RecipeError(problems)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)
+        job.ledger.rewind(state.step)
         if saved is not None:
             job.resume(saved)
         sink.start(_description(recipe, run, saved, data))
         try:
             _stages(job, saved)
         except Stopped as stopped:
-            job.save()
             status = "complete" if _is_complete(recipe, job.state) else "interrupted"
             result = _result(job, checkpoints, status, stopped.exit_code)
-        except UserError:
-            job.save()
-            raise
         else:
             result = _result(job, checkpoints, "complete", 0)
     run.write_result(result)
@@ -124,25 +121,56 @@ def _run(
     return result
 
 
+def _origin(recipe: Recipe, init_from: str | None) -> Origin:
+    """Where the model comes from when the run begins."""
+    policy = None
+    if init_from is not None:
+        source, which = resolve(init_from, recipe.run.output)
+        policy = Checkpoints(Run(source).checkpoints).load(which, log.warning).folder
+    return Origin(recipe.located_model(), keyed_seed(recipe.run.seed, "model"), policy)
+
+
+def _needs_weights(stage: Stage) -> bool:
+    """Whether an engine of ``stage`` lives in this process and works on the model's own module."""
+    return any(getattr(engine, "needs_module", True) for engine in (stage.learner, stage.sampler))
+
+
 def _stages(job: Job, saved: Saved | None) -> None:
     """Every stage that is not done yet, each with an optimizer of its own on the same model."""
     while True:
         stage = job.stage
-        seed = keyed_seed(job.seed, "learner", job.state.stage)
-        job.learner = stage.learner.build(job.model, stage.steps, seed, stage.needs_reference)
-        job.sampler = stage.sampler.build(job.learner.module)
-        if saved is not None:
-            job.learner.restore(saved.folder / "learner")
-        elif job.state.stage_step == 0:
-            job.state = replace(job.state, components=fresh(stage.components()))
-        saved = None
         if job.state.stage_step < stage.steps:
-            job.evaluate_if_due(job.state.step)
-            run_stage = train_online if isinstance(stage, OnlineStage) else train_supervised
-            run_stage(job, stage, job.state)  # pyright: ignore[reportArgumentType] - matched by the line above
+            _run_stage(job, stage, saved)
+        elif saved is not None and job.model_has_weights:
+            copy_policy(saved.folder, job.model.module)
         if job.state.stage + 1 == len(job.recipe.stages):
             return
+        assert job.model.origin is not None
+        job.model.origin = replace(job.model.origin, policy=job.checkpoints.folder_of(job.state.step))
         job.state = replace(job.state, stage=job.state.stage + 1, stage_step=0, components={})
+        saved = None
+
+
+def _run_stage(job: Job, stage: Stage, saved: Saved | None) -> None:
+    """What is left of a stage. Its last step is saved: the next stage's processes begin from that checkpoint."""
+    seed = keyed_seed(job.seed, "learner", job.state.stage)
+    with open_engines(stage, job.site, seed) as job.engines:
+        if saved is not None:
+            job.engines.learner.restore(saved.folder / "learner")
+        elif job.state.stage_step == 0:
+            job.state = replace(job.state, components=fresh(stage.components()))
+        run_stage = train_online if isinstance(stage, OnlineStage) else train_supervised
+        try:
+            job.evaluate_if_due(job.state.step)
+            run_stage(job, stage, job.state)  # pyright: ignore[reportArgumentType] - matched by the line above
+        except (Stopped, UserError):
+            try:
+                job.save()  # while the learner is there
+            except EngineFailed as error:
+                log.warning("step %d could not be saved: %s", job.state.step, error)
+            raise
+    if not job.engines.in_process and job.model_has_weights:
+        copy_policy(job.checkpoints.folder_of(job.state.step), job.model.module)
 
 
 def _description(recipe: Recipe, run: Run, saved: Saved | None, data: LoadedData) -> dict[str, Any]:

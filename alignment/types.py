@@ -15,7 +15,7 @@ token ``t`` given tokens ``< t``. Position 0 is never trained on. Log-probabilit
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, Literal, Protocol, Self, runtime_checkable
@@ -324,21 +324,13 @@ class TrainState:
     """Each stateful component's state, JSON values only, by its place in the recipe (``curricula.0``)."""
     counters: Mapping[str, float] = field(default_factory=dict)
     """Running totals that reports show: ``verdicts/STAGE``, the scored rollouts of a stage."""
+    in_flight: Sequence[Sequence[Any]] = field(default_factory=list)
+    """``(uid, prompt id)`` of each group that was launched and not yet used, in launch order: what a resumed run
+    samples again. Empty after a step in lockstep."""
 
     def next_step(self) -> "TrainState":
         """The state with one more step done."""
         return replace(self, step=self.step + 1, stage_step=self.stage_step + 1)
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """Samples completions. It knows tokens only; turns, scoring and groups are the collector's business."""
-
-    name: str
-
-    def submit(self, requests: Sequence[Request]) -> Iterable[Completion]:
-        """Completions as they finish, each once, in any order; the consumer may stop early."""
-        ...
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

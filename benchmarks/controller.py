@@ -19,7 +19,7 @@ import pstats
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
@@ -40,6 +40,8 @@ from alignment.algorithms.state import fresh
 from alignment.batching import split_minibatches
 from alignment.checkpoint import Checkpoints
 from alignment.data.load import LoadedData
+from alignment.engines.assembly import Engines
+from alignment.engines.config import SharedTransport
 from alignment.flight import Watched
 from alignment.job import Job
 from alignment.metrics import Phases, Record, Sinks
@@ -69,11 +71,21 @@ class StubSampler:
     name: str = "stub"
     version: int = 0
 
-    def submit(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        versions = ((self.version, 0),)
+    waiting: list[Request] = field(default_factory=list)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        self.waiting += requests
+
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        versions, requests, self.waiting = ((self.version, 0),), self.waiting, []
         prepared = cycle([(ids, (-0.5,) * len(ids)) for ids in self.completions])
-        for request, (ids, logp) in zip(requests, prepared, strict=False):
-            yield Completion(request.id, ids, logp, "stop", versions)
+        return [
+            Completion(request.id, ids, logp, "stop", versions)
+            for request, (ids, logp) in zip(requests, prepared, strict=False)
+        ]
+
+    def abort(self, ids: Collection[str]) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -184,8 +196,9 @@ def job(rollouts: int, steps: int, tokens: int) -> Iterator[tuple[Job, OnlineSta
         eos = model.tokenizer.eos_token_id
         assert eos is not None
         answers = [(*model.tokenizer.encode(text), eos) for text in (right, wrong)]
-        made.sampler = StubSampler(model.module, answers)  # pyright: ignore[reportAttributeAccessIssue]
-        made.learner = StubLearner(model.module)  # pyright: ignore[reportAttributeAccessIssue]
+        sampler, learner = StubSampler(model.module, answers), StubLearner(model.module)
+        transport = SharedTransport().build(learner, sampler)
+        made.engines = Engines(learner, sampler, transport)  # pyright: ignore[reportArgumentType]
         made.state = replace(made.state, components=fresh(stage.components()))
         yield made, stage, watch
 

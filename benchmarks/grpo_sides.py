@@ -48,23 +48,24 @@ def ours(folder: Path, work: Work, stepper: Stepper) -> None:
     import alignment  # before torch: it says how threads wait
 
     import torch  # isort: skip
-    from alignment.engines.config import TransformersSamplerConfig, samplers
+    from alignment.engines.config import Site, TransformersSamplerConfig, samplers
     from alignment.engines.transformers_sampler import TransformersSampler
     from alignment.metrics import Record
-    from alignment.types import Completion, Group, Request
+    from alignment.types import Group, Request
 
     class FixedLength(TransformersSampler):
         """Never stops before the limit: the end-of-sequence token is one like any other."""
 
-        def submit(self, requests: Sequence[Request]) -> Iterator[Completion]:
-            return super().submit([replace(r, params=replace(r.params, stop_ids=())) for r in requests])
+        def add(self, requests: Sequence[Request]) -> None:
+            super().add([replace(r, params=replace(r.params, stop_ids=())) for r in requests])
 
     @samplers.register("fixed_length", source="this benchmark")
     @dataclass(frozen=True)
     class FixedLengthConfig(TransformersSamplerConfig):
         """The embedded sampler without stop tokens."""
 
-        def build(self, module: Any) -> FixedLength:
+        def build(self, site: Site, learner: Any) -> FixedLength:
+            module = learner.module
             stepper.say({"checksum": grpo_work.checksum(module)})
             stepper.wait()
             return FixedLength(module, self)

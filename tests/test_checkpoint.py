@@ -24,7 +24,7 @@ from alignment.checkpoint import (
 )
 from alignment.durable import StorageError, parse, problems_of, render
 from alignment.errors import UserError
-from alignment.export import policy_weights
+from alignment.origin import policy_weights
 from alignment.types import TrainState
 
 META = {"config_hash": "c0ffee", "world_size": 1}

@@ -114,15 +114,15 @@ def test_a_prompt_value_model_steers_a_curriculum(tmp_path):
     chosen = stage(curricula=(Uniform(), PromptValueCurriculum()))
     with online_job(tiny(tmp_path), chosen) as job:
         role = PromptValue()
-        job.learner.add_role("prompt_value", role)
+        job.engines.learner.add_role("prompt_value", role)
         state = train_online(job, chosen, job.state)
         assert state.components["curricula.1"] == {"version": 3}
         assert state.components["curricula.0"]["cursor"] + 60 * state.components["curricula.0"]["epoch"] > 3 * 4
         before = {p.row["operands"][0]: float(role.values([p])[0]) for p in job.data.train}
         assert min(before.values()) < 0.5, "it learned that an untrained model rarely adds well"
-        job.learner.save(tmp_path / "learner")
-        job.learner.roles["prompt_value"] = again = PromptValue()
-        job.learner.restore(tmp_path / "learner")
+        job.engines.learner.save(tmp_path / "learner")
+        job.engines.learner.roles["prompt_value"] = again = PromptValue()
+        job.engines.learner.restore(tmp_path / "learner")
         assert {p.row["operands"][0]: float(again.values([p])[0]) for p in job.data.train} == before
         assert again.version == 3
 
@@ -220,13 +220,13 @@ def test_an_hpt_router_turns_failed_prompts_into_supervised_ones(tmp_path):
     chosen = stage(steps=30, learner=learner, algorithm=Algorithm(advantage=DrGrpo(), mixer=HardGate()))
     with online_job(recipe, chosen) as job:
         seen: list[tuple[float, float]] = []
-        update = job.learner.update
+        update = job.engines.learner.update
 
         def watch(batch: Batch, objective: Any, slot: str = "rl") -> dict[str, float]:
             seen.append((float((batch.source_B == 1).float().mean()), float(batch.adv_BT.abs().sum())))  # pyright: ignore
             return update(batch, objective, slot)
 
-        job.learner.update = watch
+        job.engines.learner.update = watch
         train_online(job, chosen, job.state)
     assert seen[0][0] > 0.5 and seen[0][1] > 0, "an untrained model fails, and is taught"
     assert min(share for share, _ in seen) < 1.0, "and then solves some by itself"
@@ -278,7 +278,7 @@ def test_steer_like_weights_are_taken_over_the_whole_mini_batch(tmp_path):
         )
         with online_job(tiny(tmp_path), chosen) as job:
             train_online(job, chosen, job.state)
-            weights.append([float(p.detach().double().sum()) for p in job.learner.module.parameters()])
+            weights.append([float(p.detach().double().sum()) for p in job.engines.learner.module.parameters()])
     assert weights[0] == pytest.approx(weights[1], rel=1e-5, abs=1e-6)
 
 
@@ -339,14 +339,14 @@ def test_a_sample_buffer_fills_short_batches_with_replayed_groups(tmp_path):
     chosen = stage(steps=8, curricula=(Uniform(), SampleBuffer()), algorithm=Algorithm(advantage=Grpo()))
     sources: list[Tensor] = []
     with online_job(recipe, chosen) as job:
-        update = job.learner.update
+        update = job.engines.learner.update
 
         def watch(batch: Batch, objective: Any, slot: str = "rl") -> dict[str, float]:
             sources.append(batch.source_B)
             assert batch.old_logp_BT is not None or not (batch.source_B == 2).any(), "replay is off-policy"
             return update(batch, objective, slot)
 
-        job.learner.update = watch
+        job.engines.learner.update = watch
         state = train_online(job, chosen, job.state)
     assert any((s == 2).any() for s in sources), "some batch was short and was filled up"
     assert survives_json(state, tmp_path / "state")
@@ -425,14 +425,14 @@ def test_a_critic_learns_over_several_epochs_beside_the_policy(tmp_path, tokens)
     chosen = stage(steps=2, learner=learner, algorithm=Algorithm(advantage=Gae(), epochs=2, minibatches=2))
     with online_job(recipe, chosen) as job:
         critic = Critic()
-        job.learner.add_role("critic", critic)
+        job.engines.learner.add_role("critic", critic)
         train_online(job, chosen, job.state)
-        assert critic.slot.counts.steps == 2 * 2 * 2 and job.learner.slots["rl"].counts.steps == 2 * 2 * 2
+        assert critic.slot.counts.steps == 2 * 2 * 2 and job.engines.learner.slots["rl"].counts.steps == 2 * 2 * 2
         weights = critic.module.weight.detach().clone()
         assert weights.abs().sum() > 0
-        job.learner.save(tmp_path / "learner")
-        job.learner.roles["critic"] = again = Critic()
-        job.learner.restore(tmp_path / "learner")
+        job.engines.learner.save(tmp_path / "learner")
+        job.engines.learner.roles["critic"] = again = Critic()
+        job.engines.learner.restore(tmp_path / "learner")
         assert torch.equal(again.module.weight, weights)
 
 

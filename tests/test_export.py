@@ -9,7 +9,8 @@ from alignment.checkpoint import CheckpointDamaged, Checkpoints
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.torch_learner import TorchLearner
 from alignment.errors import UserError
-from alignment.export import export, load_policy, policy_weights
+from alignment.export import export, load_policy
+from alignment.origin import policy_weights
 from alignment.recipe_sections import ModelConfig
 from alignment.runs import Run, open_run
 from alignment.types import keyed_seed

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.errors import UserError
-from alignment.models import Model, decode, encode_prompt, load_model, save_model, stop_ids
+from alignment.model_saving import save_model
+from alignment.models import Model, decode, encode_prompt, load_model, stop_ids
 from alignment.recipe_sections import ModelConfig
 from tests.engines.helpers import tiny
 

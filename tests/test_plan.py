@@ -58,7 +58,8 @@ def test_components_are_shown_with_what_is_not_default(tmp_path):
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 @pytest.mark.parametrize("lora", [None, "{rank: 2, targets: all-linear}"])
 def test_parameters_are_those_of_the_model_that_is_built(tmp_path, architecture, lora):
-    from alignment.models import load_model, save_model
+    from alignment.model_saving import save_model
+    from alignment.models import load_model
 
     overrides = [f"model.build.architecture={architecture}", "model.build.kv_heads=1", f"model.lora={lora or 'null'}"]
     recipe = load([write(tmp_path)], overrides)

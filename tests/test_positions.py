@@ -3,7 +3,8 @@
 import pytest
 
 import alignment
-from alignment.models import load_model, save_model
+from alignment.model_saving import save_model
+from alignment.models import load_model
 from alignment.plan import make_plan
 from alignment.recipe import load
 from alignment.recipe_sections import ModelConfig

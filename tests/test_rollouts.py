@@ -1,12 +1,12 @@
 """Episodes, batches and evaluations, against a sampler that says what it is told to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from alignment.collect import Collector, prefetch, staleness
+from alignment.collect import Collector, staleness
 from alignment.curricula import ConstantGroupFilter, Uniform
 from alignment.environments import Calculator, SingleTurn, Step
 from alignment.errors import UserError
@@ -37,21 +37,38 @@ class Letters:
 
 @dataclass
 class Scripted:
-    """Answers with ``says(request)``, the last request first. A text without "." is cut off by its length."""
+    """Answers with ``says(request)``, the last request first. A text without "." is cut off by its length.
+
+    Each poll answers all that wait, and moves the version on.
+    """
 
     says: Any
     name: str = "scripted"
     version: int = 0
     requests: list[Request] = field(default_factory=list)
 
-    def submit(self, requests: Sequence[Request]) -> Iterable[Completion]:
-        for request in reversed(requests):
-            self.requests.append(request)
-            text = self.says(request)
-            ids = tuple(EOS if c == "." else ord(c) for c in text)[: request.params.max_tokens]
-            reason = "stop" if ids[-1] == EOS else "length"
-            yield Completion(request.id, ids, (-1.0,) * len(ids), reason, ((self.version, 0),))
-        self.version += 1
+    waiting: list[Request] = field(default_factory=list)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        self.waiting += requests
+        self.requests += reversed(requests)
+
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        asked, self.waiting = self.waiting, []
+        answers = [self.answer(request) for request in reversed(asked)]
+        self.version += bool(asked)
+        return answers
+
+    def answer(self, request: Request) -> Completion:
+        text = self.says(request)
+        ids = tuple(EOS if c == "." else ord(c) for c in text)[: request.params.max_tokens]
+        reason = "stop" if ids[-1] == EOS else "length"
+        return Completion(request.id, ids, (-1.0,) * len(ids), reason, ((self.version, 0),))
+
+    def abort(self, ids: Collection[str]) -> None:
+        self.waiting = [request for request in self.waiting if request.id not in ids]
+
+    def close(self) -> None: ...
 
 
 ALONE = SingleTurn()
@@ -102,9 +119,8 @@ def test_turns_of_one_policy_version_are_one_run():
     turns = [((5, 0), (6, 3)), ((6, 0), (7, 1))]
 
     class Drifting(Scripted):
-        def submit(self, requests):
-            versions = turns.pop(0)
-            return [replace(c, versions=versions) for c in super().submit(requests)]
+        def answer(self, request):
+            return replace(super().answer(request), versions=turns.pop(0))
 
     playing = replace(player(says, Calculator(result="={value};")), sampler=Drifting(says))
     (group,) = play(playing, [prompt()], [0], 1, PARAMS, 0)
@@ -212,11 +228,13 @@ def test_the_bound_on_refills_holds_and_then_says_what_to_do():
 
 
 def test_lockstep_collects_from_the_newest_state_when_it_is_asked():
-    states = [FRESH]
-    batches = prefetch(collector(MIXED), lambda: states[-1], 0)
-    first = next(batches)
-    states.append(first.state)
-    assert next(batches).sampled[0].uid == first.state.launched
+    collecting = collector(MIXED)
+    first = collecting.collect(FRESH)
+    assert first.state.in_flight == [] and not collecting.player.playing
+    newest = replace(first.state, step=1, components={"curricula.0": {"epoch": 5, "cursor": 0}})
+    second = collecting.collect(newest)
+    assert second.sampled[0].uid == first.state.launched
+    assert second.state.components["curricula.0"]["epoch"] == 5
 
 
 def test_staleness_counts_from_the_oldest_sampled_token():

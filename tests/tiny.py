@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from alignment.algorithms.state import fresh
 from alignment.checkpoint import Checkpoints
 from alignment.data.load import load_data
+from alignment.engines.assembly import open_engines
 from alignment.job import Job
 from alignment.metrics import Sinks
 from alignment.models import load_model
@@ -97,7 +98,6 @@ def online_job(recipe: Recipe, stage: OnlineStage) -> Iterator[Job]:
         recipe = recipe.model_copy(update={"stages": (stage,)})
         data = load_data(recipe, model, scorer)
         job = Job(recipe, run, model, scorer, Checkpoints(run.checkpoints, 3), Sinks([]), GracefulStop(), data)
-        job.learner = stage.learner.build(model, stage.steps, 0, stage.needs_reference)
-        job.sampler = stage.sampler.build(job.learner.module)
+        job.engines = stack.enter_context(open_engines(stage, job.site, 0))
         job.state = replace(job.state, components=fresh(stage.components()))
         yield job

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
+import torch
+
+from alignment.engines.config import Site
 from alignment.registry import Registry, option
 from alignment.types import Batch
 
@@ -19,6 +22,16 @@ class Learner(Protocol):
     @property
     def roles(self) -> Mapping[str, Any]:
         """Models beside the policy, by name."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes batches."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it asks to have annotated itself, whatever the objective needs."""
         ...
 
     def annotate(self, batch: Batch, needs: Any) -> Batch:
@@ -45,23 +58,26 @@ class Learner(Protocol):
         """A checksum of the policy's weights."""
         ...
 
+    def close(self) -> None:
+        """Ends whatever it started; may be called twice."""
+        ...
+
 
 @runtime_checkable
 class LearnerConfig(Protocol):
     """Options of a learner; ``build`` makes it."""
 
-    def build(self, model: Any, total_updates: int, seed: int, reference: bool = False) -> Any:
-        """The learner of ``model`` for a stage of ``total_updates`` updates."""
+    def build(self, site: Site, total_updates: int, seed: int, reference: bool = False) -> Any:
+        """The learner of ``site.model`` for a stage of ``total_updates`` updates."""
         ...
 
 
 learners: Registry[LearnerConfig] = Registry("learners", LearnerConfig, "What takes the optimizer step")
 
 
-@learners.register("torch", source="this project", evidence="end to end")
 @dataclass(frozen=True)
-class TorchLearnerConfig:
-    """One process, AdamW, on the GPU if there is one.
+class LearnerOptions:
+    """What learners have in common: AdamW, its schedule and guard, and how much is computed at once.
 
     Weight decay acts on parameters of two or more dimensions, so not on norms and biases. The schedule counts
     updates, one per batch whatever its epochs and mini-batches, and runs over the stage.
@@ -79,9 +95,6 @@ class TorchLearnerConfig:
     )
     warmup_steps: Annotated[int, option("over which the rate rises linearly", unit="updates", ge=0)] = 0
     min_lr_ratio: Annotated[float, option("where linear and cosine end, as a share of lr", ge=0, le=1)] = 0.0
-    autocast: Annotated[Literal["none", "bfloat16"], option("precision of matrix products; weights keep their own")] = (
-        "none"
-    )
     gradient_checkpointing: Annotated[bool, option("recompute activations in the backward pass, to save memory")] = (
         False
     )
@@ -99,12 +112,26 @@ class TorchLearnerConfig:
             ge=1,
         ),
     ] = 3
+
+
+@learners.register("torch", source="this project", evidence="end to end")
+@dataclass(frozen=True)
+class TorchLearnerConfig(LearnerOptions):
+    """One process, AdamW, on the GPU if there is one.
+
+    Weight decay acts on parameters of two or more dimensions, so not on norms and biases. The schedule counts
+    updates, one per batch whatever its epochs and mini-batches, and runs over the stage.
+    """
+
+    autocast: Annotated[Literal["none", "bfloat16"], option("precision of matrix products; weights keep their own")] = (
+        "none"
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], option("where the policy lives; auto: cuda if available")] = (
         "auto"
     )
 
-    def build(self, model: Any, total_updates: int, seed: int, reference: bool = False) -> "TorchLearner":
-        """The learner of ``model`` (its ``module`` is trained in place) for ``total_updates`` updates."""
+    def build(self, site: Site, total_updates: int, seed: int, reference: bool = False) -> "TorchLearner":
+        """The learner of ``site.model``, whose ``module`` is trained in place, for ``total_updates`` updates."""
         from alignment.engines.torch_learner import TorchLearner
 
-        return TorchLearner(model.module, self, total_updates, seed, reference)
+        return TorchLearner(site.model.module, self, total_updates, seed, reference)

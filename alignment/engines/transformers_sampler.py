@@ -8,7 +8,7 @@ S stop tokens, V vocabulary, 1 a dimension of size one.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from alignment.engines.config import TransformersSamplerConfig
 from alignment.engines.cpu import fitting_threads
 from alignment.engines.logprobs import evaluating
-from alignment.errors import UserError
+from alignment.sampling import check_request
 from alignment.types import Completion, Request
 
 
@@ -53,43 +53,48 @@ class TransformersSampler:
         self.flop_per_token = 2 * sum(sizes) / max(1, len(sizes))
         """Of a typical matrix product."""
         self.max_positions: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        self._waiting: list[Request] = []
+        self._chunk: _Chunk | None = None
 
-    def submit(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Completions as they finish, each once. Closing the iterator early leaves the module as it was.
+    def add(self, requests: Sequence[Request]) -> None:
+        """Takes requests; they are decoded in chunks of ``batch_rows``, a chunk to its end before the next begins.
 
         Raises:
             UserError: A request is empty, asks for no tokens, has a bad option, or is too long for the model.
-            FloatingPointError: While iterating: the model's logits are not finite.
         """
         for request in requests:
-            self._check(request)
-        # Equal lengths need no padding, and equal prompts side by side are computed once.
-        ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.prompt_ids))
-        rows = self.config.batch_rows
-        return self._stream([ordered[i : i + rows] for i in range(0, len(ordered), rows)])
+            check_request(request, self.max_positions)
+        self._waiting += requests
 
-    def _stream(self, chunks: Sequence[Sequence[Request]]) -> Iterator[Completion]:
-        for requests in chunks:
-            chunk = _Chunk(self, requests)
-            while chunk.unfinished:
-                yield from chunk.advance()
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        """Decodes until at least one row finishes, whatever ``timeout_s`` says; nothing when nothing is pending.
 
-    def _check(self, request: Request) -> None:
-        p, length = request.params, len(request.prompt_ids)
-        problems = (
-            (length == 0, "its prompt has no tokens"),
-            (p.max_tokens < 1, f"max_tokens is {p.max_tokens}; it must be at least 1"),
-            (not p.temperature >= 0.0, f"temperature is {p.temperature}; it must be 0 (greedy) or more"),
-            (not 0.0 < p.top_p <= 1.0, f"top_p is {p.top_p}; it must be above 0 and at most 1 (1 is off)"),
-            (p.top_k < 0, f"top_k is {p.top_k}; it must be 0 (off) or more"),
-            (
-                self.max_positions is not None and length + p.max_tokens > self.max_positions,
-                f"{length} prompt tokens + max_tokens {p.max_tokens} exceed the model's {self.max_positions} positions",
-            ),
-        )
-        for wrong, what in problems:
-            if wrong:
-                raise UserError(f"request {request.id!r}: {what}")
+        Raises:
+            FloatingPointError: The model's logits are not finite.
+        """
+        if self._chunk is None:
+            if not self._waiting:
+                return []
+            # Equal lengths need no padding, and equal prompts side by side are computed once.
+            ordered = sorted(self._waiting, key=lambda r: (len(r.prompt_ids), r.prompt_ids))
+            rows = self.config.batch_rows
+            self._chunk, self._waiting = _Chunk(self, ordered[:rows]), ordered[rows:]
+        completions = self._chunk.advance()
+        if not self._chunk.unfinished:
+            self._chunk = None
+        return completions
+
+    def abort(self, ids: Collection[str]) -> None:
+        """Forgets requests. Those in the chunk under way are not decoded further."""
+        self._waiting = [request for request in self._waiting if request.id not in ids]
+        if self._chunk is not None:
+            self._chunk.drop(ids)
+            if not self._chunk.unfinished:
+                self._chunk = None
+
+    def close(self) -> None:
+        """Forgets everything; the module is the learner's."""
+        self._waiting, self._chunk = [], None
 
 
 class _Chunk:
@@ -207,15 +212,21 @@ class _Chunk:
             Completion(self.requests[n].id, tuple(t), tuple(p), "stop" if stop else "length", versions)
             for n, t, p, stop in zip(rows.tolist(), tokens, logp, stopped, strict=True)
         ]
-        keep = (~done_M).nonzero()[:, 0]
+        self._keep((~done_M).nonzero()[:, 0])
+        return completions
+
+    def drop(self, ids: Collection[str]) -> None:
+        """Takes the rows of these requests out of the batch."""
+        self._keep(self._tensor([m for m, n in enumerate(self.row_M.tolist()) if self.requests[n].id not in ids]))
+
+    def _keep(self, keep: Tensor) -> None:
+        """Leaves only the rows with these indices in the batch."""
         for name in ("row_M", "max_tokens_M", "temperature_M", "top_k_M", "top_p_M", "stop_MS", "position_M"):
             setattr(self, name, getattr(self, name)[keep])
         if self.mask_MT is not None:
             self.mask_MT = self.mask_MT[keep]
-        if len(keep):
-            assert self.cache is not None
+        if len(keep) and self.cache is not None:
             self.cache.batch_select_indices(keep)
-        return completions
 
 
 def truncate(logits_MV: Tensor, temperature_M: Tensor, top_k_M: Tensor, top_p_M: Tensor) -> Tensor:

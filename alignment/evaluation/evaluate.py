@@ -44,7 +44,7 @@ def evaluate(
     Raises:
         ScoringFailed: More than ``max_failed_share`` of the rewards failed.
     """
-    groups = scorer.score(play(player, prompts, range(len(prompts)), samples, params, seed))
+    groups = scorer.score(play(player, prompts, range(len(prompts)), samples, params, seed, "eval/"))
     refuse_failures(groups, max_failed_share)
     return summarise_evaluation(groups)
 

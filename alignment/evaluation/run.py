@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.durable import digest
-from alignment.engines.config import TransformersSamplerConfig
+from alignment.engines.config import Site, TransformersSamplerConfig
 from alignment.environments import SingleTurn
 from alignment.errors import UserError
 from alignment.evaluation.benchmarks import Chosen, choose
@@ -96,7 +96,7 @@ def evaluate_checkpoint(options: Options, progress: Progress) -> dict[str, Any]:
     with GracefulStop() as stop, ExitStack() as stack:
         scorers = _scorers(chosen, options, stack)
         model = open_checkpoint(options.checkpoint, options.dtype)
-        sampler = TransformersSamplerConfig(batch_rows=options.batch_rows).build(model.module)
+        sampler = TransformersSamplerConfig(batch_rows=options.batch_rows).build(Site(model), None)
         prepared = [
             prepare(one, dataset, scorers[one.name], model.tokenizer, sampler.max_positions, options.selection)
             for one, dataset in loaded

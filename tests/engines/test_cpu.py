@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from alignment.engines.config import TransformersSamplerConfig
 from alignment.engines.cpu import fitting_threads, float32_attention
 from alignment.engines.transformers_sampler import TransformersSampler
+from alignment.sampling import submit
 from alignment.types import Request, SamplingParams
 from tests.engines.helpers import Reinforce, learner_of, make_batch, tiny
 
@@ -68,6 +69,6 @@ def test_decoding_takes_one_thread_only_while_the_model_runs(three_threads):
     module, seen = tiny("Llama"), []
     module.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
     request = Request("a", (3, 4, 5), SamplingParams(4), 0)
-    for _ in TransformersSampler(module, TransformersSamplerConfig()).submit([request]):
+    for _ in submit(TransformersSampler(module, TransformersSamplerConfig()), [request]):
         assert torch.get_num_threads() == 3
     assert seen == [1] * 4

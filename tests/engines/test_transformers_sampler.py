@@ -12,9 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from alignment.engines.config import LocalCluster, TransformersSamplerConfig, clusters, samplers
+from alignment.engines.config import LocalCluster, Site, TransformersSamplerConfig, clusters, samplers
 from alignment.engines.transformers_sampler import TransformersSampler, draw, truncate
-from alignment.types import Completion, Request, Sampler, SamplingParams
+from alignment.models import Model
+from alignment.sampling import Sampler, submit
+from alignment.types import Completion, Request, SamplingParams
 from tests.engines.helpers import tiny
 
 VOCABULARY = 19
@@ -36,7 +38,7 @@ def mixed_requests(count: int = 60) -> list[Request]:
 
 
 def run(module: nn.Module, requests: list[Request], **options: Any) -> dict[str, Completion]:
-    found = list(TransformersSampler(module, TransformersSamplerConfig(**options)).submit(requests))
+    found = list(submit(TransformersSampler(module, TransformersSamplerConfig(**options)), requests))
     assert len(found) == len(requests)
     return {c.id: c for c in found}
 
@@ -213,7 +215,7 @@ def test_completions_come_as_they_finish_and_the_consumer_may_train_in_between_a
     module.get_submodule("model.layers.0").eval()
     modes = [m.training for m in module.modules()]
     sampler = TransformersSampler(module, TransformersSamplerConfig())
-    stream = sampler.submit(requests)
+    stream = submit(sampler, requests)
     order = []
     for completion in stream:
         order.append(completion.id)
@@ -233,11 +235,11 @@ def test_versions_say_which_weights_sampled_which_tokens():
     module = tiny("Qwen3")
     sampler = TransformersSampler(module, TransformersSamplerConfig())
     sampler.version = 7
-    stream = iter(sampler.submit([Request(str(n), (3,), SamplingParams(n), n) for n in (2, 5)]))
+    stream = iter(submit(sampler, [Request(str(n), (3,), SamplingParams(n), n) for n in (2, 5)]))
     assert next(stream).versions == ((7, 0),)
     sampler.version = 8
     assert next(stream).versions == ((7, 0), (8, 2))
-    assert [c.versions for c in sampler.submit(mixed_requests(3))] == [((8, 0),)] * 3
+    assert [c.versions for c in submit(sampler, mixed_requests(3))] == [((8, 0),)] * 3
 
 
 def test_autocast_computes_in_bfloat16_and_still_records_what_it_sampled_from():
@@ -268,9 +270,9 @@ def test_autocast_computes_in_bfloat16_and_still_records_what_it_sampled_from():
 def test_a_bad_request_is_refused_before_anything_is_computed(change, message):
     sampler = TransformersSampler(tiny("Qwen3"), TransformersSamplerConfig())
     good = Request("a", (1, 2, 3), SamplingParams(61), 0)
-    sampler.submit([good])
+    submit(sampler, [good])
     with pytest.raises(ValueError, match=f"request 'b': .*{message}"):
-        sampler.submit([good, replace(good, **{"id": "b", **change})])
+        submit(sampler, [good, replace(good, **{"id": "b", **change})])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -279,7 +281,7 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(temperature):
     next(module.parameters()).data.fill_(math.nan)
     sampler = TransformersSampler(module, TransformersSamplerConfig())
     with pytest.raises(FloatingPointError, match="diverged"):
-        list(sampler.submit([Request("a", (1,), SamplingParams(2, temperature=temperature), 0)]))
+        list(submit(sampler, [Request("a", (1,), SamplingParams(2, temperature=temperature), 0)]))
 
 
 def test_no_requests_no_completions():
@@ -343,7 +345,7 @@ def test_rows_that_do_not_truncate_are_left_alone_beside_rows_that_do():
 def test_recipes_build_it():
     config = samplers.build({"name": "transformers", "batch_rows": 3, "autocast": "bfloat16"})
     assert config == TransformersSamplerConfig(3, "bfloat16")
-    sampler = config.build(tiny("Qwen3"))
+    sampler = config.build(Site(Model(tiny("Qwen3"), None, "tiny")), None)  # pyright: ignore[reportArgumentType]
     assert isinstance(sampler, Sampler) and isinstance(sampler, TransformersSampler)
     assert (sampler.name, sampler.config) == ("transformers", config)
-    assert clusters.build("local") == LocalCluster() and LocalCluster().ranks == 1
+    assert clusters.build("local") == LocalCluster()

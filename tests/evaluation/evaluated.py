@@ -7,7 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import alignment.cli as cli
-from alignment.models import load_model, save_model
+from alignment.model_saving import save_model
+from alignment.models import load_model
 from alignment.recipe_sections import ModelConfig
 from alignment.types import Rollout, SamplingParams
 
