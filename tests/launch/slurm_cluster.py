@@ -169,7 +169,9 @@ class SlurmCluster:
 
     def logs(self) -> str:
         """The end of what daemons and jobs wrote."""
-        paths = [m.path(f"{STATE}/{name}.log") for m in self.machines.values() for name in ("munged", "slurmctld", "slurmd")]
+        paths = [
+            m.path(f"{STATE}/{name}.log") for m in self.machines.values() for name in ("munged", "slurmctld", "slurmd")
+        ]
         paths += sorted(self.shared.rglob("*.log"))
         return "\n".join(
             f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:])
@@ -220,7 +222,7 @@ class SlurmCluster:
             self.run("ip", "link", "set", "eth0", "up", on=name)
 
     def _start(self) -> None:
-        for name, machine in self.machines.items():
+        for machine in self.machines.values():
             socket = f"--socket={STATE}/munge.socket"
             rest = [f"--{what}={STATE}/munge.{what.split('-')[0]}" for what in ("key-file", "pid-file", "log-file")]
             self._daemon(machine, "munged", "--foreground", socket, *rest, f"--seed-file={STATE}/munge.seed")

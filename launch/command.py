@@ -1,0 +1,98 @@
+"""What is between the command ``align launch`` and the renderers: its arguments, and what is checked before anything is
+written."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from alignment.engines.config import clusters
+from alignment.errors import UserError
+from alignment.recipe import load
+from alignment.recipe_tree import Mark, Node, Problem, RecipeError, mark_of
+from launch.local import render_local
+from launch.plan import Job, next_folder
+from launch.ray_jobs import render_ray
+from launch.slurm import render_slurm
+from launch.spec import ClusterSpec, is_cluster_override, load_cluster
+
+RENDERERS = {"local": render_local, "ray": render_ray, "slurm": render_slurm}
+
+
+def launch(
+    recipes: Sequence[Path], on: str, cluster: Path | None, overrides: Sequence[str], dry_run: bool, wait: bool
+) -> int:
+    """Checks a recipe and a cluster, then shows, or writes and runs, what starts the one on the other.
+
+    Args:
+        recipes: As for ``align train``.
+        on: ``local``, ``ray`` or ``slurm``.
+        cluster: The cluster's description; None: defaults.
+        overrides: ``cluster.a.b=c`` changes the cluster, everything else the recipe.
+        dry_run: Show, and do nothing.
+        wait: Return when the job has ended, with its exit code.
+
+    Returns:
+        The exit code: the recipe's, where the launch lasts as long as the job.
+
+    Raises:
+        RecipeError: The recipe or the description is wrong, or they do not go together. Nothing was written.
+        UserError: The job cannot be started.
+    """
+    if on not in RENDERERS:
+        raise UserError(f"--on {on}: give one of {', '.join(RENDERERS)}")
+    spec, root = load_cluster(cluster, [text for text in overrides if is_cluster_override(text)])
+    for_recipe = [text for text in overrides if not is_cluster_override(text)]
+    recipe = load(recipes, for_recipe)
+    ray_stages = [index for index, stage in enumerate(recipe.stages) if clusters.name_of(stage.cluster) == "ray"]
+    if problems := list(_misfits(on, spec, root, bool(ray_stages))):
+        raise RecipeError(problems)
+    joins = bool(ray_stages) and on != "local"
+    if joins:  # the cluster that the launcher starts or names, in place of a private one
+        for_recipe += [f"stages.{index}.cluster.address=auto" for index in ray_stages]
+        load(recipes, for_recipe)
+    output = Path(recipe.run.output).resolve()
+    job = Job(
+        name=recipe.run.name,
+        command=_train(recipes, for_recipe),
+        workdir=Path.cwd(),
+        folder=next_folder(output, recipe.run.name),
+        uses_ray=joins,
+        wait=wait,
+    )
+    launching = RENDERERS[on](spec, job)
+    if dry_run:
+        sys.stdout.write(launching.shown())
+        return 0
+    launching.command.check()
+    launching.write()
+    code = launching.run()
+    if not wait and code == 0 and launching.next_steps:
+        sys.stderr.write(f"align launch: {launching.next_steps}\n")
+    return code
+
+
+def _train(recipes: Sequence[Path], overrides: Sequence[str]) -> tuple[str, ...]:
+    """The arguments of the interpreter that trains. Paths are in full: the job may start elsewhere."""
+    sets = [word for text in overrides for word in ("--set", text)]
+    return ("-m", "alignment", "train", *(str(path.resolve()) for path in recipes), *sets)
+
+
+def _misfits(on: str, spec: ClusterSpec, root: Node, uses_ray: bool) -> Iterator[Problem]:
+    """What the description says that this way of launching, or the recipe, cannot follow."""
+
+    def problem(message: str, *place: str) -> Problem:
+        return Problem(mark_of(root, place), place, message)
+
+    if on == "local" and spec.nodes > 1:
+        yield problem(f"--on local is one machine, not {spec.nodes}; launch --on slurm or ray", "nodes")
+    if on == "ray" and spec.ray.address is None:
+        yield problem("--on ray needs the address of a cluster: http://HOST:8265 or HOST:6379", "ray", "address")
+    if on == "ray" and not uses_ray:
+        yield Problem(Mark("recipe"), ("stages",), "no stage has 'cluster: ray', so --on ray would train without it")
+    if on == "slurm" and spec.ray.address is not None:
+        yield problem("--on slurm starts a Ray cluster of its own; set it to null", "ray", "address")
+    if on != "slurm" and spec.container is not None:
+        yield problem(f"only --on slurm starts containers; set it to null for --on {on}", "container")
+    if spec.nodes > 1 and not uses_ray and on == "slurm":
+        message = f"no stage of the recipe has 'cluster: ray', so {spec.nodes - 1} of {spec.nodes} nodes would idle"
+        yield problem(message, "nodes")

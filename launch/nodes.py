@@ -1,0 +1,128 @@
+"""``python -m launch.nodes --nodes N -- COMMAND``: becomes the command once N nodes have joined Ray.
+
+The address is that of ``RAY_ADDRESS``. Past the deadline, or when a node could not start, it says which nodes are there
+and exits with 69. A SIGTERM before the command has begun exits with 75: nothing was lost.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from alignment.errors import UserError
+from alignment.signals import EXIT_CODES
+
+UNAVAILABLE = 69
+"""``EX_UNAVAILABLE`` of ``sysexits.h``: there is no cluster to run on."""
+POLL_S = 0.5
+
+
+class NoCluster(UserError):
+    """The nodes are not there."""
+
+    exit_code = UNAVAILABLE
+
+
+def wait_for_nodes(address: str, nodes: int, timeout_s: float, watch: Path | None = None) -> list[str]:
+    """Waits until at least ``nodes`` nodes are part of the cluster.
+
+    Args:
+        address: ``HOST:PORT`` of the head.
+        nodes: How many, the head among them.
+        timeout_s: Deadline.
+        watch: Where a node whose Ray has ended leaves a file ``ended.NODE`` with its exit code.
+
+    Returns:
+        Their addresses.
+
+    Raises:
+        NoCluster: Past the deadline, or because a node has ended.
+    """
+    deadline = time.monotonic() + timeout_s
+    host, _, port = address.rpartition(":")
+
+    def wait_until(ready: Callable[[], bool], found: Callable[[], str]) -> None:
+        while not ready():
+            for path in sorted(watch.glob("ended.*")) if watch else []:
+                node = path.name.removeprefix("ended.")
+                raise NoCluster(
+                    f"Ray on {node} ended with exit code {path.read_text().strip()} before training began; see "
+                    f"{watch}/head.log and worker-{node}.log"
+                )
+            if time.monotonic() > deadline:
+                raise NoCluster(f"{found()} within {timeout_s:g} s (deadlines.nodes_s)" + (_logs(watch)))
+            time.sleep(POLL_S)
+
+    wait_until(lambda: _answers(host, int(port)), lambda: f"no answer from Ray's head at {address}")
+    joined: list[str] = []
+
+    def enough() -> bool:
+        joined[:] = _alive(address)
+        return len(joined) >= nodes
+
+    wait_until(enough, lambda: f"only {len(joined)} of {nodes} nodes ({', '.join(joined) or 'none'}) joined Ray")
+    return joined
+
+
+def _alive(address: str) -> list[str]:
+    """The addresses of the nodes that Ray knows and that live; none while the head is not ready for a driver."""
+    import ray
+
+    try:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            signal.signal(signal.SIGTERM, _stop)  # Ray took it
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        sys.stderr.write(f"align launch: Ray at {address} is not ready: {error}\n")
+        return []
+    return sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _logs(watch: Path | None) -> str:
+    return f"; see head.log and worker-*.log in {watch}" if watch else ""
+
+
+def _stop(*_: object) -> None:
+    sys.exit(EXIT_CODES["SIGTERM"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; does not return if all is well."""
+    parser = argparse.ArgumentParser(prog="python -m launch.nodes")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
+    parser.add_argument("--watch", type=Path)
+    parser.add_argument("command", nargs="+")
+    given = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    address = os.environ.get("RAY_ADDRESS", "")
+    if ":" not in address:
+        sys.stderr.write("align launch: RAY_ADDRESS has to be HOST:PORT of a Ray cluster\n")
+        return UNAVAILABLE
+    try:
+        joined = wait_for_nodes(address, given.nodes, given.timeout_s, given.watch)
+    except NoCluster as error:
+        sys.stderr.write(f"align launch: {error}\n")
+        return error.exit_code
+    import ray
+
+    ray.shutdown()
+    sys.stderr.write(f"align launch: {len(joined)} nodes: {', '.join(joined)}\n")
+    os.execvp(given.command[0], given.command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
