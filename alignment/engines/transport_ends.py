@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from alignment.engines.transport import Tally, done
-from alignment.errors import EngineFailed
+from alignment.errors import EngineFailed, UserError
 from alignment.sampling import Received, Receiver
 
 T = TypeVar("T")
@@ -52,6 +52,20 @@ def learner_peers(learner: Any) -> list[Peer]:
     return list(learner.peers()) if hasattr(learner, "peers") else [LocalPeer(learner, "the learner")]
 
 
+def sampler_peers(sampler: Any, transport: str) -> list[Peer]:
+    """The processes of a sampler's engines.
+
+    Raises:
+        UserError: Its engine lives in this process; ``transport`` is for others.
+    """
+    if not hasattr(sampler, "peers"):
+        raise UserError(
+            f"transport {transport} brings weights to engines in other processes, and sampler {sampler.name!r} lives in"
+            " this one; use transport: memory"
+        )
+    return list(sampler.peers())
+
+
 def together(pending: Sequence[tuple[str, Future[Any]]]) -> Future[list[Any]]:
     """One future of several: all results, or the first error, which it names, without waiting for the others."""
     combined: Future[list[Any]] = Future()
@@ -74,6 +88,22 @@ def together(pending: Sequence[tuple[str, Future[Any]]]) -> Future[list[Any]]:
     for name, future in pending:
         future.add_done_callback(lambda f, name=name: finished(name, f))
     return combined
+
+
+def first_of(combined: Future[list[Any]], of: Callable[[list[Any]], Any] = lambda results: results[0]) -> Future[Any]:
+    """A future of something made of the results of ``combined``, the first of them unless said otherwise."""
+    chosen: Future[Any] = Future()
+
+    def pass_on(future: Future[list[Any]]) -> None:
+        error = future.exception()
+        if error is not None:
+            chosen.set_exception(error)
+            return
+        result = done(of, future.result())
+        chosen.set_exception(result.exception()) if result.exception() else chosen.set_result(result.result())
+
+    combined.add_done_callback(pass_on)
+    return chosen
 
 
 class WeightStream:
