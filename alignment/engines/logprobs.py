@@ -11,7 +11,7 @@ Suffixes beside the legend of :mod:`alignment.types`: N trained tokens of a micr
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -88,7 +88,7 @@ class LogProbs:
                 parts = [_score(logits_NV, token_N, temperature_N, entropy)]
             else:
                 hidden_NH = self.body(**inputs).last_hidden_state[row_N, previous_N]
-                parts = list(self._chunks(hidden_NH, token_N, temperature_N, entropy))
+                parts = list(self.score_hidden(hidden_NH, token_N, temperature_N, entropy))
         logp_N = torch.cat([logp for logp, _ in parts])
         empty_BT = torch.zeros(batch.ids_BT.shape, device=logp_N.device)
         logp_BT = empty_BT.index_put((row_N, previous_N + 1), logp_N)
@@ -97,15 +97,21 @@ class LogProbs:
         entropy_N = torch.cat([e for _, e in parts if e is not None])
         return logp_BT, empty_BT.index_put((row_N, previous_N + 1), entropy_N)
 
-    def _chunks(
+    @property
+    def plain_head(self) -> bool:
+        """Whether the output embeddings are a linear layer and nothing else."""
+        return self.head is not None and _is_plain(self.head)
+
+    def score_hidden(
         self, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    ) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Log-probabilities and entropies of ``token_N``, in parts, from what the output embeddings are applied to."""
         assert self.head is not None
         weight: Any = self.head.weight
         dtype = torch.bfloat16 if self.autocast else weight.dtype
         chunk = int(self.chunk_mb * 2**20 / (dtype.itemsize * weight.shape[0]))
         chunk = min(max(1, chunk), MOST_CHUNK_TOKENS)
-        if _is_plain(self.head):
+        if self.plain_head:
             yield ChunkedHead.apply(hidden_NH, weight, token_N, temperature_N, chunk, dtype, entropy)  # pyright: ignore[reportReturnType]
             return
         # With one chunk its logits are all there is in either case: computing them again would save nothing.

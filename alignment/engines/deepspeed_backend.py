@@ -1,0 +1,284 @@
+"""One rank of several that hold a model together: DeepSpeed's ZeRO behind what a learner asks for."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from alignment.algorithms.objective import combine
+from alignment.engines.backend import Kept, changing, checkpoint_gradients, frozen_digest, has_fresh_adapter, trained_of
+from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
+from alignment.engines.deepspeed_moments import ZeroAdamW, masters, read_pieces, write_pieces
+from alignment.engines.deepspeed_zero import (
+    Fragment,
+    engine_options,
+    fragments,
+    gathered,
+    prepare_deepspeed,
+    shape_of,
+    shards_replaced,
+)
+from alignment.engines.logprobs import Entropy, LogProbs
+from alignment.engines.optimizer import Slot, adamw_over
+from alignment.partition import Cost, Share
+from alignment.tensorfile import digest, read_tensors, weights_of, write_tensors
+from alignment.types import Batch
+
+
+class ZeroBackend:
+    """A rank of the process group that ``torch.distributed`` was initialised with.
+
+    Args:
+        module: On the CPU, the same on every rank; it belongs to this backend from now on.
+        config: Options; ``ranks`` must be the size of the group.
+
+    Raises:
+        ValueError: Nothing in ``module`` requires a gradient.
+    """
+
+    def __init__(self, module: nn.Module, config: DeepSpeedLearnerConfig) -> None:
+        assert dist.get_world_size() == config.ranks, f"{dist.get_world_size()} processes for {config.ranks} ranks"
+        self.module, self.config, self.stage = module.eval(), config, config.zero_stage
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        self.trained, self.fresh_adapter = trained_of(module), has_fresh_adapter(module)
+        self.dtypes = {name: tensor.dtype for name, tensor in weights_of(module).items()}
+        """As the model was made, which is how it is written."""
+        self._frozen = frozen_digest(module, self.trained)
+        self.share = Share(dist.get_rank(), config.ranks, cost_of(module))
+        checkpoint_gradients(module, config.gradient_checkpointing, self.device, autocast=False)
+        policy = _Policy(module, config.logits_chunk_mb)
+        self.adamw = adamw_over(self.trained, config)
+        prepare_deepspeed()
+        options = engine_options(config, list(self.trained.values()))
+        self.engine: Any = deepspeed.initialize(model=policy, optimizer=self.adamw, config=options)[0]
+        self.engine.eval()
+
+    # Computing
+
+    def logprobs(self, batch: Batch, entropy: Entropy = "none") -> tuple[Tensor, Tensor | None]:
+        """All ranks go through the model together, as often as each other."""
+        return self.engine(batch=batch, entropy=entropy)
+
+    def computing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed takes the mean over ranks, and the loss is a sum over them.
+        self.engine.backward(loss * self.share.ranks, scale_wrt_gas=False)
+
+    def slot(self, total_updates: int) -> Slot:
+        return Slot(self.trained, self.config, total_updates, ZeroAdamW(self))
+
+    def joined(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        everyone: list[Any] = [None] * self.share.ranks
+        dist.all_gather_object(everyone, {name: float(value) for name, value in sums.items()})
+        whole: dict[str, Tensor] = {}
+        for part in everyone:
+            if part:
+                whole = combine(whole, {name: torch.tensor(v, dtype=torch.float64) for name, v in part.items()})
+        return whole
+
+    def assembled(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name in sorted(fields):  # in the same order everywhere
+            dist.all_reduce(fields[name])
+        return fields
+
+    # Weights
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The parts of trained weights that this rank steps on."""
+        return fragments(self.engine, self.trained, self.stage)
+
+    def own_fragments(self) -> Iterator[Fragment]:
+        """Those that this rank writes: each element is in one rank's."""
+        return iter(()) if self.stage == 0 and self.share.rank else self.fragments()
+
+    def keep(self) -> Kept:
+        if self.stage == 3:
+            return {name: p.ds_tensor.detach().clone() for name, p in self._sharded()}
+        return {name: p.detach().clone() for name, p in self.trained.items()}
+
+    @contextmanager
+    def using(self, kept: Kept) -> Iterator[None]:
+        if self.stage == 3:
+            with shards_replaced(self.engine, self.trained, kept):
+                yield
+            return
+        policy = {name: p.data for name, p in self.trained.items()}
+        try:
+            for name, p in self.trained.items():
+                p.data = kept[name]
+            yield
+        finally:
+            for name, p in self.trained.items():
+                p.data = policy[name]
+
+    def _sharded(self) -> Iterator[tuple[str, Any]]:
+        yield from self.trained.items()
+
+    def fingerprint(self) -> str:
+        whole = _Whole(weights_of(self.module))
+        if self.share.rank == 0:
+            found = [digest(whole)]
+        else:
+            found = [""]
+            for name in sorted(whole):
+                whole.take_part(name)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def frozen(self) -> str:
+        return self._frozen
+
+    # Persistence
+
+    def write(self, path: Path, kept: Kept | None = None) -> None:
+        """The first rank writes whole weights; under bfloat16 each rank writes its float32 ones beside them."""
+        whole: dict[str, Tensor] = {}
+        with self.using(kept) if kept is not None else nullcontext():
+            for name, tensor in changing(self.module, self.trained).items():
+                if kept is not None and name not in self.trained:
+                    continue
+                exact = kept is None and name in self.trained and self._casts(name)
+                with gathered([] if exact else [tensor]):
+                    value = safe_get_full_fp32_param(tensor) if exact else tensor
+                    if self.share.rank == 0:
+                        assert value is not None
+                        whole[name] = value.detach().to("cpu", self.dtypes[name], copy=True)
+        if self.share.rank == 0:
+            write_tensors(path, whole)
+        if kept is None and self.config.dtype == "bfloat16":
+            write_pieces(_float32(path), masters(self.own_fragments()), self.share.rank, self.share.ranks)
+        dist.barrier()
+
+    def read(self, path: Path) -> None:
+        own = changing(self.module, self.trained)
+        parts = {part.name: part for part in self.fragments()}
+        self._check(path, own)
+        if self.stage == 3:
+            self.engine.empty_partition_cache()
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name, tensor in own.items():
+                if self.stage < 3 or name not in self.trained:
+                    tensor.detach().copy_(file.get_tensor(name))
+                if (part := parts.get(name)) is not None:
+                    flat = file.get_tensor(name).view(-1)[part.start : part.start + part.size]
+                    part.weight.copy_(flat)
+                    part.master.copy_(flat)
+        if self.config.dtype == "bfloat16":
+            read_pieces(_float32(path), [(p.name, p.start, p.master) for p in parts.values()])
+
+    def read_kept(self, path: Path) -> Kept:
+        self._check(path, self.trained)
+        whole = read_tensors(path)
+        if self.stage < 3:
+            return {name: whole[name].to(p.device, p.dtype) for name, p in self.trained.items()}
+        shards = self.keep()
+        for name, p in self._sharded():
+            start = p.ds_tensor.ds_numel * self.share.rank
+            part = whole[name].view(-1)[start : start + p.ds_tensor.ds_numel]
+            shards[name][: len(part)].copy_(part)
+        return shards
+
+    def _check(self, path: Path, own: Mapping[str, Tensor]) -> None:
+        expected = {n: torch.empty(shape_of(t), dtype=self.dtypes[n], device="meta") for n, t in own.items()}
+        read_tensors(path, expected)
+
+    def _casts(self, name: str) -> bool:
+        """Whether the model computes with less precision than it was made with."""
+        return self.config.dtype == "bfloat16" and self.dtypes[name] == torch.float32
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.destroy()
+            self.engine = None
+
+
+_CPU = torch.device("cpu")
+
+
+class _Policy(nn.Module):
+    """Log-probabilities as a module, so that DeepSpeed sees where each weight is used."""
+
+    def __init__(self, module: nn.Module, chunk_mb: float) -> None:
+        super().__init__()
+        self.module = module
+        self.logprobs = _ScoringLogProbs(module, chunk_mb)
+        self.scorer = self.logprobs.scorer
+
+    def forward(self, batch: Batch, entropy: Entropy) -> tuple[Tensor, Tensor | None]:
+        return self.logprobs(batch, entropy)
+
+
+class _ScoringLogProbs(LogProbs):
+    """Scores hidden states inside a module that holds the output embeddings: at stage 3 they are whole only there."""
+
+    def __init__(self, module: nn.Module, chunk_mb: float) -> None:
+        super().__init__(module, chunk_mb)
+        self._plain_head = super().plain_head  # before DeepSpeed hooks onto it
+        self.scorer = _Scorer(self)
+
+    @property
+    def plain_head(self) -> bool:
+        return self._plain_head
+
+    def score_hidden(
+        self, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
+    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+        return [self.scorer(hidden_NH, token_N, temperature_N, entropy)]
+
+
+class _Scorer(nn.Module):
+    def __init__(self, logprobs: LogProbs) -> None:
+        super().__init__()
+        self.score = super(_ScoringLogProbs, logprobs).score_hidden  # pyright: ignore[reportArgumentType]
+        if logprobs.head is not None and logprobs.plain_head:
+            self.weight = logprobs.head.weight
+
+    def forward(
+        self, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = list(self.score(hidden_NH, token_N, temperature_N, entropy))
+        logp_N = torch.cat([logp for logp, _ in parts])
+        return logp_N, None if entropy == "none" else torch.cat([e for _, e in parts if e is not None])
+
+
+class _Whole(Mapping[str, Tensor]):
+    """Weights, gathered one by one as they are asked for; every rank has to ask for the same ones in the same order."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        with gathered([self.weights[name]]):
+            return self.weights[name].detach().clone()
+
+    def take_part(self, name: str) -> None:
+        """Asks for a weight that only others read."""
+        with gathered([self.weights[name]]):
+            pass
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def cost_of(module: nn.Module) -> Cost:
+    """Multiplications that a row takes: with each weight per token, and in causal attention per pair of tokens."""
+    config: Any = module.config
+    text = config.get_text_config()
+    return Cost(sum(p.numel() for p in module.parameters()), text.num_hidden_layers * text.hidden_size)
+
+
+def _float32(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-float32")

@@ -1,0 +1,114 @@
+"""The learner of one rank. Nothing here knows who started the process."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from alignment.engines.deepspeed_backend import ZeroBackend
+from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
+from alignment.engines.deepspeed_zero import gathered
+from alignment.engines.policy_learner import PolicyLearner
+from alignment.engines.roles import Role
+from alignment.errors import UserError
+from alignment.tensorfile import weights_of
+
+
+def join_ranks(rank: int, ranks: int, timeout_s: float, local_rank: int = 0) -> None:
+    """Makes this process one of ``ranks`` that compute together; they meet at MASTER_ADDR and MASTER_PORT.
+
+    NCCL carries what is on GPUs, gloo the rest. A rank that waits longer than ``timeout_s`` for another raises.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+
+
+class DeepSpeedRank(PolicyLearner):
+    """Trains ``module`` together with the other ranks of the process group; all of them call the same methods alike.
+
+    Each gets the whole batch and works on its share of the rows. What a method returns is the same on every rank.
+
+    Args:
+        module: A transformers causal language model, possibly with a peft adapter, on the CPU and the same on every
+            rank. It belongs to the learner from now on.
+        config: Options.
+        total_updates: Length of the schedule: calls of :meth:`update` in one slot.
+        seed: Of dropout: its numbers depend on (seed, slot, number of the update, rank).
+        reference: Keep the weights of now as the reference, in parts at ZeRO stage 3. Nothing is kept while a LoRA
+            adapter is fresh.
+
+    Raises:
+        ValueError: Nothing in ``module`` requires a gradient.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: DeepSpeedLearnerConfig,
+        total_updates: int,
+        seed: int,
+        reference: bool = False,
+    ) -> None:
+        super().__init__(ZeroBackend(module, config), config, total_updates, seed, reference)
+
+    def add_role(self, name: str, role: Role) -> None:
+        """Refused: the torch learner has roles, this one does not.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f"role {name!r}: the deepspeed learner has no models beside the policy; use learner torch")
+
+    def weights(self, bucket_bytes: int, form: Literal["merged", "adapter"] = "merged") -> Iterator[dict[str, Tensor]]:
+        """The policy's weights as they are now, whole, in buckets of about ``bucket_bytes``; a large one comes alone.
+
+        Every rank has to take every bucket. The tensors of one are the receiver's to keep.
+
+        Args:
+            bucket_bytes: Of the tensors of one bucket.
+            form: ``"merged"``: all weights under the names of the model itself, an adapter added to them.
+                ``"adapter"``: the adapter's weights alone.
+        """
+        bucket, size = dict[str, Tensor](), 0
+        for name, tensor in self._whole(form):
+            if bucket and size + tensor.nbytes > bucket_bytes:
+                yield bucket
+                bucket, size = {}, 0
+            bucket[name] = tensor
+            size += tensor.nbytes
+        if bucket:
+            yield bucket
+
+    @torch.no_grad()
+    def _whole(self, form: Literal["merged", "adapter"]) -> Iterator[tuple[str, Tensor]]:
+        module: Any = self.module
+        if form == "adapter" or not self.has_adapter:
+            chosen = self.trained if form == "adapter" else weights_of(module)
+            for name, tensor in chosen.items():
+                with gathered([tensor]):
+                    whole = tensor.detach().clone()
+                yield name, whole
+            return
+        base = module.get_base_model()
+        layers: dict[str, Any] = {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+        adapters = tuple(f"{name}.lora_" for name in layers)
+        for name, tensor in weights_of(base).items():
+            if name.startswith(adapters):
+                continue
+            owner, inner, parameter = name.rpartition(".base_layer.")
+            adapted = [p for n, p in layers[owner].named_parameters() if "lora_" in n] if inner else []
+            with gathered([tensor, *adapted]):
+                whole = tensor.detach().clone()
+                if adapted and parameter == "weight":
+                    delta = layers[owner].get_delta_weight(module.active_adapter)
+                    whole = (whole.float() + delta.float()).to(whole.dtype)
+            yield f"{owner}.{parameter}" if inner else name, whole
+
+
+__all__ = ["DeepSpeedRank", "join_ranks"]
