@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from alignment.model_saving import merged_weights
 
+Form = Literal["merged", "adapter"]
 
-def outgoing(module: nn.Module, form: Literal["merged", "adapter"]) -> Iterator[tuple[str, Tensor]]:
+
+def outgoing(module: nn.Module, form: Form) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of ``module``, each once: tied ones under the name that comes first.
 
     Args:

@@ -1,9 +1,12 @@
 """The embedded learner: one process, one module, AdamW."""
 
-from torch import nn
+from collections.abc import Iterator
+
+from torch import Tensor, nn
 
 from alignment.engines.backend import OneProcess
 from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.outgoing import Form, buckets, outgoing
 from alignment.engines.policy_learner import MAIN_SLOT, PolicyLearner, PolicyObjective
 
 
@@ -27,6 +30,22 @@ class TorchLearner(PolicyLearner):
         self, module: nn.Module, config: TorchLearnerConfig, total_updates: int, seed: int, reference: bool = False
     ) -> None:
         super().__init__(OneProcess(module, config), config, total_updates, seed, reference)
+
+    def weights(self, bucket_bytes: int, form: Form = "merged") -> Iterator[dict[str, Tensor]]:
+        """The policy's weights as they are now, in buckets of at most ``bucket_bytes``; a larger tensor comes alone.
+
+        They are the learner's own memory where nothing had to be computed: not to be changed, nor used after the next
+        update.
+
+        Args:
+            bucket_bytes: Of the tensors together.
+            form: Whole weights by their names in transformers, an adapter added to them; or the adapter alone, by its
+                names in peft.
+
+        Raises:
+            ValueError: There is no adapter to send.
+        """
+        return buckets(outgoing(self.module, form), bucket_bytes)
 
 
 __all__ = ["MAIN_SLOT", "PolicyObjective", "TorchLearner"]

@@ -22,7 +22,7 @@ class Entrance(Protocol):
 
     @property
     def request(self) -> Any:
-        """vLLM's name of the adapter that every request uses; None without one."""
+        """The ``LoRARequest`` that every request names; None without an adapter."""
         ...
 
     def begin(self) -> None:

@@ -18,7 +18,7 @@ def on_cpu() -> bool:
 
 
 def build_engine(spec: EngineSpec, folder: Path) -> Any:
-    """vLLM's ``LLMEngine`` with random weights, in this process.
+    """An ``LLMEngine`` of vLLM with random weights, in this process.
 
     Args:
         spec: What to build.

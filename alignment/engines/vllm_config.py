@@ -1,7 +1,7 @@
 """What a recipe says of the vLLM sampler. Light: vLLM is imported when an engine is built."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from alignment.engines.config import Site, samplers
 from alignment.registry import option
@@ -15,6 +15,8 @@ class VllmSamplerConfig:
 
     Its weights are its own. The transport brings new ones between two tokens.
     """
+
+    needs_module: ClassVar[bool] = False
 
     engines: Annotated[
         int, option("copies of the model that share the requests; more than one needs a cluster", ge=1)
@@ -57,6 +59,11 @@ class VllmSamplerConfig:
         float, option("an engine of a cluster that is not heard of for so long is replaced", unit="s", gt=0)
     ] = 60.0
     max_restarts: Annotated[int, option("of all engines of a cluster together, in one stage", ge=0)] = 3
+
+    @property
+    def needs_cluster(self) -> str | None:
+        """Why it does not fit into one process, if it does not."""
+        return f"{self.engines} engines are processes of their own" if self.engines > 1 else None
 
     def build(self, site: Site, learner: Any) -> Sampler:
         """The sampler for ``site``. It cannot sample before a transport has brought its first weights.

@@ -6,7 +6,7 @@ nothing computed with old weights is taken for the work of new ones:
 
 - every request carries the policy version as the salt of its cached prefix, so that a prefix computed with other
   weights is not found; an update that meets an idle engine empties the cache;
-- at an update, requests that have no token yet are taken back and given to vLLM again afterwards, under the new version;
+- at an update, requests that have no token yet are taken back and given to vLLM again after it, as of the new version;
 - vLLM itself notes which weights sampled which token: the runs of :class:`alignment.types.Completion`.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from alignment.engines.vllm_adapter import entrance
@@ -109,7 +110,9 @@ class VllmEngine:
         self._engine.add_request(request.id, prompt, _parameters(request), lora_request=self.entrance.request)
 
     def _step(self) -> list[Completion]:
+        random_state = torch.get_rng_state()  # vLLM draws from the generator of everybody, too
         outputs = [o for o in self._engine.step() if o.finished and o.request_id in self.requests]
+        torch.set_rng_state(random_state)
         return [self._completion(self.requests.pop(o.request_id), o.outputs[0]) for o in outputs]
 
     def _take(self) -> list[Completion]:

@@ -21,8 +21,8 @@ class WeightReceiver:
     model_runner: Any
     vllm_config: Any
     _update: "_Update | None" = None
-    _verified: frozenset[str] = frozenset()
-    """Names of an update that is known to fill the whole model."""
+    _verified: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
+    """Names and shapes of an update that is known to fill the whole model."""
     _in_use: tuple[int, int] | None = None
     """Checksums of the weights in use, as they came and as they were kept."""
 
@@ -62,7 +62,7 @@ class WeightReceiver:
         update, self._update = self._update, None
         with self._configured():
             received = update.finish(version)
-        self._verified = frozenset(received.shapes)
+        self._verified = frozenset(received.shapes.items())
         before, self._in_use = self._in_use, (received.checksum, update.kept)
         return received, before is not None and before[0] != received.checksum and before[1] == update.kept
 
@@ -76,7 +76,7 @@ class WeightReceiver:
 class _Update:
     """One update, from taking the layers apart to putting them together."""
 
-    def __init__(self, runner: Any, verified: frozenset[str]) -> None:
+    def __init__(self, runner: Any, verified: frozenset[tuple[str, tuple[int, ...]]]) -> None:
         from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
         self.runner, self.model, self.verified = runner, runner.get_model(), verified
@@ -95,24 +95,24 @@ class _Update:
         if any(tensor.dtype != self.dtype for tensor in bucket.values()):
             kept = checksum({name: t.to(self.dtype) for name, t in bucket.items()})
         self.kept = (self.kept + kept) % MODULUS
-        if bucket.keys() <= self.verified:
+        if {(name, tuple(tensor.shape)) for name, tensor in bucket.items()} <= self.verified:
             self.filled |= self.model.load_weights(bucket.items())
             return
         # One by one: that is how to learn whether the model took a name.
         for name, tensor in bucket.items():
             try:
                 taken = self.model.load_weights([(name, tensor)])
-            except (ValueError, KeyError, AttributeError):  # as the architecture has it
+            except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError):  # as the architecture has it
                 taken = set()
             self.filled |= taken
             if not taken:
-                self.refused.append(name)
+                self.refused.append(f"{name} {list(tensor.shape)}")
 
     def finish(self, version: int) -> Received:
         incomplete = self.incomplete()
         self.close()
         problems = (
-            ("has no place for", self.refused),
+            ("has no place of this shape for", self.refused),
             ("got no weights for", sorted(self.expected - self.filled)),
             ("got a part only of", incomplete),
         )
@@ -147,7 +147,7 @@ class _Update:
 
 
 def _repack_tied_heads(model: nn.Module) -> None:
-    """A head that shares the embedding's weights got none of its own, so its copy for a CPU's kernels is the old one."""
+    """Renews the copy, packed for a CPU's kernels, of heads that share the embedding's weights and so got none."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.platforms import current_platform
 

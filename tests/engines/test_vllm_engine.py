@@ -148,7 +148,7 @@ def test_top_k_and_top_p_renormalise(sampler):
             ids = torch.tensor([[*request.prompt_ids, *done.token_ids]])
             logits = OLD(ids).logits[0, len(request.prompt_ids) - 1 : -1].float() / 1.3
             for row, token, logp in zip(logits, done.token_ids, done.logp, strict=True):
-                prob, order = row.softmax(-1).sort(descending=True)
+                prob, order = row.detach().softmax(-1).sort(descending=True)
                 kept = most or int((prob.cumsum(0) - prob < 0.5).sum())
                 place = order.tolist().index(token)
                 assert place < kept
@@ -198,14 +198,20 @@ def test_weights_that_are_not_the_models(sampler):
     named = dict(OLD.named_parameters())
     keys = "model.layers.1.self_attn.k_proj.weight"
     cases = (
-        ({**named, "model.layers.7.mlp.up_proj.weight": named[keys]}, r"has no place for model\.layers\.7\.mlp"),
+        (
+            {**named, "model.layers.7.mlp.up_proj.weight": named[keys]},
+            r"has no place of this shape for model\.layers\.7\.mlp\.up_proj\.weight",
+        ),
         ({n: p for n, p in named.items() if n != "model.norm.weight"}, r"got no weights for model\.norm\.weight"),
         ({n: p for n, p in named.items() if n != keys}, r"got a part only of model\.layers\.1\.self_attn\.qkv_proj"),
-        ({**named, "lm_head.weight": named["lm_head.weight"][:-1]}, r"(?s)lm_head"),
+        (
+            {**named, "lm_head.weight": named["lm_head.weight"][:-1]},
+            r"no place of this shape for lm_head\.weight \[18, 32\]; got no weights for lm_head",
+        ),
     )
     for weights, message in cases:
         sampler.begin_update(9)
-        with pytest.raises((ValueError, AssertionError), match=message):
+        with pytest.raises(ValueError, match=message):
             sampler.load(weights)
             sampler.end_update()
         assert sampler.version is None

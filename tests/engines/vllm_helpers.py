@@ -35,7 +35,8 @@ def site_of(module: nn.Module, row_tokens: int = 96, **options: Any) -> Site:
 
 def sampler_of(module: nn.Module, row_tokens: int = 96, **options: Any) -> VllmSampler:
     """A sampler with the weights of ``module``, as version 0."""
-    config = VllmSamplerConfig(**({"max_num_seqs": 16} | options))
+    chosen: dict[str, Any] = {"max_num_seqs": 16} | options
+    config = VllmSamplerConfig(**chosen)
     sampler = VllmSampler(site_of(module, row_tokens), config)
     publish(sampler, module, 0)
     return sampler
