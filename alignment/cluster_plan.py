@@ -109,7 +109,7 @@ class StageOnCluster:
     holdings: tuple[Holding, ...]
     cache: Cache | None
     host_bytes: int
-    """On the host of one learner rank, because of offloading."""
+    """Of the memory of the node with most learner ranks: all of them load the model there at first."""
     problems: tuple[str, ...] = ()
     """Why it cannot run; empty where it can."""
     remedies: tuple[str, ...] = ()
@@ -245,13 +245,14 @@ def keeps_awake(stage: Any) -> bool:
 def on_cluster(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOnCluster:
     """How ``stage`` lies on ``hardware``, and whether it fits there. Remedies are left out."""
     found, cache = holdings(stage, load, hardware)
-    training = Training.of(stage.learner, load.model)
+    nodes = layout(stage, hardware)
+    ranks = max(sum(held.startswith(("rank", "learner")) for held in node) for node in nodes)
     return StageOnCluster(
         stage=name,
-        nodes=tuple(tuple(node) for node in layout(stage, hardware)),
+        nodes=tuple(tuple(node) for node in nodes),
         holdings=tuple(found),
         cache=cache,
-        host_bytes=host_bytes(load.shape, load.model, training),
+        host_bytes=ranks * host_bytes(load.shape, load.model, Training.of(stage.learner, load.model)),
         problems=(*unfit(stage, load, hardware), *_short(found)),
         notes=tuple(_notes(stage, load, hardware, cache)),
     )

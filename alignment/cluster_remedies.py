@@ -16,6 +16,7 @@ from alignment.cluster_plan import (
     on_cluster,
     parallel_sizes,
 )
+from alignment.errors import UserError
 
 SUGGESTED = 3
 """Changes that are told when each would do alone."""
@@ -36,7 +37,11 @@ class _Change:
             return None
         if all(getattr(component, name) == value for name, value in self.options.items()):
             return None
-        return stage.model_copy(update={self.part: replace(component, **self.options)})  # pyright: ignore[reportArgumentType]
+        try:
+            changed = replace(component, **self.options)  # pyright: ignore[reportArgumentType]
+        except UserError:  # options that do not go with the others
+            return None
+        return stage.model_copy(update={self.part: changed})
 
     def __str__(self) -> str:
         values = [(name, json.dumps(value).strip('"')) for name, value in self.options.items()]

@@ -50,8 +50,7 @@ def _table(stage: StageOnCluster, hardware: Hardware) -> Table:
         cache = stage.cache
         held = f"{cache.tokens:,} tokens an engine: {counted(cache.sequences, 'row')} of the greatest length at once"
         table.add_row("cache", f"{held}, of {cache.wanted:,} that it gets")
-    if stage.host_bytes:
-        table.add_row("host memory", f"{gib(stage.host_bytes)} for each learner rank, offloaded")
+    table.add_row("host memory", f"{gib(stage.host_bytes)} on the node with most learner ranks")
     return table
 
 

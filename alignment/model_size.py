@@ -17,6 +17,10 @@ CONTEXT = int(1.5 * GIB)
 """Of a process on a GPU: the CUDA context, kernels and communication buffers."""
 ENGINE_WORK = 3 * GIB
 """Of a vLLM engine beside weights and cache: its context, activations and CUDA graphs."""
+BUCKET = 200_000_000
+"""Numbers that DeepSpeed's ranks exchange at once, as the learner sets it."""
+LIVE = 1_000_000_000
+"""Weights that DeepSpeed's stage 3 keeps whole at most; its default."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Precision = Literal["float32", "bfloat16", "autocast"]
 
@@ -27,13 +31,13 @@ class Training:
 
     precision: Precision = "float32"
     """``autocast``: weights in float32, matrix products in bfloat16."""
-    masters: bool = False
-    """Beside weights in bfloat16 the optimizer keeps them in float32 (DeepSpeed)."""
+    zero: bool = False
+    """DeepSpeed's ZeRO; in bfloat16 its optimizer keeps weights in float32, too."""
     ranks: int = 1
     zero_stage: int = 0
     """What is split over the ranks: 1 the optimizer, 2 gradients too, 3 weights too."""
-    offload: frozenset[str] = frozenset()
-    """Of ``optimizer`` and ``parameters``, what is kept in the memory of the host."""
+    offload: str = "none"
+    """What is kept in the memory of the host: the ``optimizer``, or ``parameters`` and the optimizer."""
     checkpointing: bool = False
     micro_batch_tokens: int | None = None
     """None: all rows at once."""
@@ -43,14 +47,13 @@ class Training:
     def of(cls, learner: Any, model: ModelConfig) -> Self:
         """What the options of a learner say; those that it lacks are as in one process."""
         dtype = getattr(learner, "dtype", model.dtype)
-        dtype = model.dtype if dtype == "auto" else dtype
         mixed = dtype == "float32" and getattr(learner, "autocast", "none") == "bfloat16"
         return cls(
-            precision="autocast" if mixed else "bfloat16" if _BYTES[dtype] == 2 else "float32",
-            masters=hasattr(learner, "zero_stage") and _BYTES[dtype] == 2,
+            precision="autocast" if mixed else dtype,
+            zero=hasattr(learner, "zero_stage"),
             ranks=getattr(learner, "ranks", 1),
             zero_stage=getattr(learner, "zero_stage", 0),
-            offload=_offloaded(getattr(learner, "offload", "none")),
+            offload=getattr(learner, "offload", "none"),
             checkpointing=getattr(learner, "gradient_checkpointing", False),
             micro_batch_tokens=getattr(learner, "micro_batch_tokens", None),
             logits_chunk_mb=getattr(learner, "logits_chunk_mb", None),
@@ -58,28 +61,21 @@ class Training:
 
     @property
     def weight_bytes(self) -> int:
-        """Of one parameter."""
+        """Of one parameter that the model computes with."""
         return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def masters(self) -> bool:
+        """Whether the optimizer has weights of its own, in float32."""
+        return self.zero and self.precision == "bfloat16"
 
     def trained_bytes(self, model: ModelConfig) -> int:
         """Of one parameter that is trained: in one process adapters are float32 whatever the model is."""
-        return 4 if model.lora and not self.masters else self.weight_bytes
-
-    def optimizer_bytes(self, model: ModelConfig) -> int:
-        """Of AdamW for one parameter that is trained: two moments and, with masters, weights and gradients in
-        float32."""
-        return 16 if self.masters else 2 * self.trained_bytes(model)
+        return 4 if model.lora and not self.zero else self.weight_bytes
 
     def share(self, stage: int) -> int:
         """Ranks that share what is split from ``stage`` on."""
         return self.ranks if self.zero_stage >= stage else 1
-
-
-def _offloaded(option: str | None) -> frozenset[str]:
-    """``none``, ``optimizer`` or something that names parameters, which takes the optimizer along."""
-    if option in (None, "none"):
-        return frozenset()
-    return frozenset({"optimizer"} if option == "optimizer" else {"optimizer", "parameters"})
 
 
 def max_positions(model: ModelConfig) -> int | None:
@@ -113,16 +109,17 @@ def training_bytes(
 ) -> dict[str, int]:
     """An estimate of what one rank keeps on its GPU at the peak of an update, in bytes, by what it is for.
 
-    With P parameters of which T are trained, b bytes each (2 in bfloat16, else 4), and R ranks of which each holds a
-    share of the optimizer from ZeRO stage 1 on, of gradients from 2 on and of weights from 3 on:
+    With P parameters of which T are trained, b bytes each (2 in bfloat16, else 4), and R ranks:
 
     =========== =============================================================================================
-    parameters  ``b P``, adapters included; under autocast also their copies in bfloat16, ``2 P``
-    reference   ``b P``, where a component compares with it; none under LoRA, where it is the adapter off
-    gradients   ``b T``; ``4 T`` for adapters in one process, which are float32
-    optimizer   two moments of AdamW, each as large as gradients; DeepSpeed in bfloat16: ``16 T``, the moments, weights
-                and, at the step, gradients in float32
-    gathered    at stage 3, what is whole for a moment: two layers, or the embedding if that is larger, ``b`` each
+    parameters  ``b P``, adapters included; at ZeRO stage 3 divided by R; under autocast also copies of ``2 P``
+    reference   as much again, where a component compares with it; none under LoRA, where it is the adapter off
+    gradients   ``b T``, of adapters in one process ``4 T``. DeepSpeed: ``4 T``, from stage 2 on divided by R; before it
+                in bfloat16 ``2 T`` beside; and a copy at the step, ``4 T / R``
+    optimizer   two moments of AdamW, ``2 b T``; DeepSpeed in bfloat16: with weights in float32 ``12 T``; from stage
+                1 on divided by R
+    buckets     what ranks exchange at once: two buckets of 200 M numbers, or of the largest weight or all if these are
+                more or fewer, and at stage 3 up to 1,000 M weights that are whole for a while
     activations of one micro-batch: :func:`activation_bytes` per token and layer, or, with gradient checkpointing, the
                 input of every layer and one layer whole
     logits      of one chunk: logits and two buffers as large, in float32
@@ -136,36 +133,55 @@ def training_bytes(
         rows: Of an update on this rank, to bound a micro-batch.
         reference: Whether a frozen copy is kept.
     """
-    b, total, trained = training.weight_bytes, shape.parameters, shape.trainable(model.lora)
-    t = training.trained_bytes(model)
-    whole = b * total + (t * trained if model.lora else 0)
-    held = 0 if "parameters" in training.offload else whole // training.share(3)
+    b, t, trained = training.weight_bytes, training.trained_bytes(model), shape.trainable(model.lora)
+    whole = b * shape.parameters + (t * trained if model.lora else 0)
     tokens = max(row_tokens, min(training.micro_batch_tokens or rows * row_tokens, rows * row_tokens))
     logits = 4 * tokens * shape.vocabulary
     chunk = int(2**20 * training.logits_chunk_mb) if training.logits_chunk_mb is not None else logits
     layer = activation_bytes(shape, training.precision)
     between = 2 if training.precision == "bfloat16" else 4
     kept = shape.layers * between * shape.hidden + layer if training.checkpointing else shape.layers * layer
-    moments = training.optimizer_bytes(model) * trained // training.share(1)
+    held = 0 if training.offload == "parameters" else whole // training.share(3)
     return {
-        "parameters": held + (2 * total if training.precision == "autocast" else 0),
-        "reference": b * total // training.share(3) if reference and model.lora is None else 0,
-        "gradients": t * trained // training.share(2),
-        "optimizer": 0 if "optimizer" in training.offload else moments,
-        "gathered": b * max(2 * shape.layer_parameters, shape.vocabulary * shape.hidden)
-        if training.share(3) > 1
-        else 0,
+        "parameters": held + (2 * shape.parameters if training.precision == "autocast" else 0),
+        "reference": b * shape.parameters // training.share(3) if reference and model.lora is None else 0,
+        "gradients": _gradient_bytes(training, t, trained),
+        "optimizer": 0 if training.offload != "none" else _optimizer_bytes(training, t, trained),
+        "buckets": b * _exchanged(shape, training, trained),
         "activations": tokens * kept,
         "logits": 3 * min(logits, chunk),
     }
 
 
+def _gradient_bytes(training: Training, each: int, trained: int) -> int:
+    if not training.zero:
+        return each * trained
+    own = 2 * trained if training.masters and training.zero_stage < 2 else 0
+    step = 4 * trained // training.ranks if training.zero_stage and training.offload == "none" else 0
+    return 4 * trained // training.share(2) + own + step
+
+
+def _optimizer_bytes(training: Training, each: int, trained: int) -> int:
+    return (12 if training.masters else 2 * each) * trained // training.share(1)
+
+
+def _exchanged(shape: Shape, training: Training, trained: int) -> int:
+    """Numbers that are in buffers for the other ranks at once."""
+    if not training.zero or training.ranks == 1:
+        return 0
+    largest = shape.vocabulary * shape.hidden if trained == shape.parameters else 0
+    bucket = max(largest, min(BUCKET, trained))
+    return 2 * bucket + (min(LIVE, shape.parameters) if training.zero_stage == 3 else 0)
+
+
 def host_bytes(shape: Shape, model: ModelConfig, training: Training) -> int:
-    """What one rank keeps in the memory of its host because of offloading, in bytes."""
-    trained = shape.trainable(model.lora)
-    parameters = training.weight_bytes * shape.parameters // training.share(3)
-    moments = training.optimizer_bytes(model) * trained // training.share(1)
-    return ("parameters" in training.offload) * parameters + ("optimizer" in training.offload) * moments
+    """What one learner rank takes of its host's memory, in bytes: the whole model while it is loaded, later what is
+    offloaded; the larger of both."""
+    t, trained = training.trained_bytes(model), shape.trainable(model.lora)
+    loading = _BYTES[model.dtype] * shape.parameters
+    weights = training.weight_bytes * shape.parameters // training.share(3)
+    optimizer = _optimizer_bytes(training, t, trained) + 4 * trained // training.share(2)
+    return max(loading, {"none": 0, "optimizer": optimizer}.get(training.offload, weights + optimizer))
 
 
 def resting_bytes(parts: Mapping[str, int]) -> int:
