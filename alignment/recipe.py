@@ -17,7 +17,7 @@ from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.objective import Objective
 from alignment.curricula import Curriculum, places, with_selector
 from alignment.curricula import curricula as curriculum_registry
-from alignment.engines import ray_config, transport_config  # noqa: F401 - they register engines
+from alignment.engines import deepspeed_config, ray_config, transport_config, vllm_config  # noqa: F401 - they register engines
 from alignment.engines.config import Cluster, SamplerConfig, TransportConfig, clusters, samplers, transports
 from alignment.engines.learner_config import LearnerConfig, learners
 from alignment.environments import Environment, environments
