@@ -201,7 +201,7 @@ def load_cluster(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Clus
     except ValidationError as error:
         problems += [p for p in problems_of(error.errors(), root, data, ClusterSpec) if p.place not in places]
     if problems:
-        raise RecipeError(sorted(problems, key=lambda problem: problem.mark.line or 0))
+        raise RecipeError(sorted(problems, key=lambda p: (p.mark.line is None, p.mark.line or 0)))
     assert spec is not None
     return _located(spec, root), root
 
