@@ -72,11 +72,14 @@ def wait_for_nodes(address: str, nodes: int, timeout_s: float, watch: Path | Non
 def _alive(address: str) -> list[str]:
     """The addresses of the nodes that Ray knows and that live; none while the head is not ready for a driver."""
     import ray
+    from ray.exceptions import AuthenticationError
 
     try:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             signal.signal(signal.SIGTERM, _stop)  # Ray took it
+    except AuthenticationError as error:
+        raise NoCluster(f"Ray at {address} does not accept the token: {error}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         sys.stderr.write(f"align launch: Ray at {address} is not ready: {error}\n")
         return []
