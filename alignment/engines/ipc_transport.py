@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alignment.engines.transport import Patience, done, update_weights
 from alignment.engines.transport_config import IpcTransportConfig
 from alignment.engines.transport_ends import MEBI, Peer, WeightStream, first_of, learner_peers, sampler_peers, together
-from alignment.engines.vllm_transfer import EngineTarget, by_alignment, described, engine_gpus, rank_gpu
+from alignment.engines.vllm_transfer import EngineTarget, by_alignment, described, engine_gpus, own_device, rank_gpu
 from alignment.errors import UserError
 from alignment.sampling import Received
 
@@ -36,14 +37,12 @@ class _Rank:
 
     def lend(self, bucket: Mapping[str, Tensor], at_least: int) -> tuple[tuple[Any, ...], list[int]]:
         """Copies a bucket to the buffer whose turn it is; its handle, and the bytes of each tensor."""
-        import torch
         from torch.multiprocessing.reductions import reduce_tensor
 
         sizes = [tensor.numel() * tensor.element_size() for tensor in bucket.values()]
         buffer = self.buffers[self.turn]
         if buffer is None or buffer.numel() < sum(sizes):
-            device = torch.device("cuda", torch.cuda.current_device())
-            buffer = torch.empty(max(at_least, sum(sizes)), dtype=torch.uint8, device=device)
+            buffer = torch.empty(max(at_least, sum(sizes)), dtype=torch.uint8, device=own_device())
             self.buffers[self.turn] = buffer
         self.turn = (self.turn + 1) % BUFFERS
         for tensor, part in zip(bucket.values(), buffer[: sum(sizes)].split(sizes), strict=True):
@@ -78,8 +77,6 @@ def rank_finish(learner: Any, version: int) -> Received:
 
 def rank_release(learner: Any) -> None:
     """Takes lent memory back, for the learner's own use; a pass over the weights that has not ended is forgotten."""
-    import torch
-
     rank = _ranks.pop(id(learner), None)
     if rank is not None:
         rank.buffers.clear()

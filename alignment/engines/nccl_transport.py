@@ -16,12 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from alignment.engines.transport import Patience, Published, done, update_weights
 from alignment.engines.transport_config import NcclTransportConfig
 from alignment.engines.transport_ends import MEBI, Peer, WeightStream, first_of, learner_peers, sampler_peers, together
-from alignment.engines.vllm_transfer import EngineTarget, by_alignment, described, engine_gpus, rank_gpu, watched
+from alignment.engines.vllm_transfer import (
+    EngineTarget,
+    by_alignment,
+    described,
+    engine_gpus,
+    own_device,
+    rank_gpu,
+    watched,
+)
 from alignment.errors import UserError
 from alignment.sampling import Received
 
@@ -86,13 +95,12 @@ def rank_send(learner: Any, bucket_mb: float, timeout_s: float) -> None:
     Raises:
         TimeoutError: The engines did not take it in time. The group is gone then.
     """
-    import torch
     from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
     rank = _ranks[learner]
     assert rank.bucket is not None and rank.group is not None
     bucket, rank.bucket = rank.bucket, None
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = own_device()
     tensors = [(name, tensor.detach().to(device)) for name, tensor in bucket.items()]
     # vLLM packs on streams of its own, which know nothing of what gathers on this one.
     torch.cuda.current_stream().synchronize()

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from alignment.engines.transport import done
@@ -58,11 +59,14 @@ def watched(release: Callable[[], None], timeout_s: float, what: str) -> Iterato
 # In a rank of the learner
 
 
+def own_device() -> torch.device:
+    """The GPU that this process works on."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def rank_gpu(learner: Any) -> str:
     """The UUID of the GPU that this rank works on."""
-    import torch
-
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return str(torch.cuda.get_device_properties(own_device()).uuid)
 
 
 def by_alignment(bucket: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,8 +103,6 @@ class _Arriving:
 
 def worker_gpu(worker: Any) -> str:
     """The UUID of its GPU: the same in every process, whatever ``CUDA_VISIBLE_DEVICES`` says."""
-    import torch
-
     return str(torch.cuda.get_device_properties(worker.device).uuid)
 
 
@@ -114,12 +116,13 @@ def worker_join(worker: Any, backend: Backend, init_info: Mapping[str, Any]) -> 
 
     # Some of vLLM's executors hand on a wrapper, which passes reading to the worker but not writing.
     worker = getattr(worker, "worker", worker)
-    if worker.weight_transfer_engine is None:
+    transfer = worker.weight_transfer_engine
+    if transfer is not None:  # of an earlier group, of which some member is gone, or of another transport
+        transfer.shutdown()
+    if transfer is None or transfer.config.backend != backend:
         worker.weight_transfer_engine = WeightTransferEngineFactory.create_engine(
             WeightTransferConfig(backend=backend), worker.vllm_config, worker.device, worker.model_runner.get_model()
         )
-    else:  # an earlier group, of which some member is gone
-        worker.weight_transfer_engine.shutdown()
     worker.init_weight_transfer_engine(dict(init_info))
 
 
