@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.errors import UserError
@@ -45,45 +45,36 @@ def wait_for_nodes(address: str, nodes: int, timeout_s: float, watch: Path | Non
     """
     deadline = time.monotonic() + timeout_s
     host, _, port = address.rpartition(":")
-
-    def wait_until(ready: Callable[[], bool], found: Callable[[], str]) -> None:
-        while not ready():
-            for path in sorted(watch.glob("ended.*")) if watch else []:
-                node = path.name.removeprefix("ended.")
-                raise NoCluster(
-                    f"Ray on {node} ended with exit code {path.read_text().strip()} before training began; see "
-                    f"{watch}/head.log and worker-{node}.log"
-                )
-            if time.monotonic() > deadline:
-                raise NoCluster(f"{found()} within {timeout_s:g} s (deadlines.nodes_s)" + (_logs(watch)))
-            time.sleep(POLL_S)
-
-    wait_until(lambda: _answers(host, int(port)), lambda: f"no answer from Ray's head at {address}")
-    joined: list[str] = []
-
-    def enough() -> bool:
-        joined[:] = _alive(address)
-        return len(joined) >= nodes
-
-    wait_until(enough, lambda: f"only {len(joined)} of {nodes} nodes ({', '.join(joined) or 'none'}) joined Ray")
-    return joined
+    while True:
+        found = _alive(address) if _answers(host, int(port)) else f"no answer from Ray's head at {address}"
+        if not isinstance(found, str) and len(found) >= nodes:
+            return found
+        for path in sorted(watch.glob("ended.*")) if watch else []:
+            node = path.name.removeprefix("ended.")
+            raise NoCluster(
+                f"Ray on {node} ended with exit code {path.read_text().strip()} before training began; see "
+                f"{watch}/head.log and worker-{node}.log"
+            )
+        if time.monotonic() > deadline:
+            if not isinstance(found, str):
+                found = f"only {len(found)} of {nodes} nodes ({', '.join(found)}) joined Ray"
+            logs = f"; see head.log and worker-*.log in {watch}" if watch else ""
+            raise NoCluster(f"{found}, {timeout_s:g} s (deadlines.nodes_s) after the start{logs}")
+        time.sleep(POLL_S)
 
 
-def _alive(address: str) -> list[str]:
-    """The addresses of the nodes that Ray knows and that live; none while the head is not ready for a driver."""
+def _alive(address: str) -> list[str] | str:
+    """The addresses of the nodes that Ray knows and that live; or why it cannot be asked yet."""
     import ray
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import RayError
 
     try:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             signal.signal(signal.SIGTERM, _stop)  # Ray took it
-    except AuthenticationError as error:
-        raise NoCluster(f"Ray at {address} does not accept the token: {error}") from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        sys.stderr.write(f"align launch: Ray at {address} is not ready: {error}\n")
-        return []
-    return sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+        return sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        return f"Ray's head at {address} takes no driver: {error}"
 
 
 def _answers(host: str, port: int) -> bool:
@@ -92,10 +83,6 @@ def _answers(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _logs(watch: Path | None) -> str:
-    return f"; see head.log and worker-*.log in {watch}" if watch else ""
 
 
 def _stop(*_: object) -> None:

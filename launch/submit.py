@@ -82,9 +82,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("command", nargs="+")
     given = parser.parse_args(argv)
+    from ray.exceptions import RayError
+
     try:
         client, job = submit(given.address, given.name, given.workdir, given.command, given.save_s)
-    except (ConnectionError, RuntimeError) as error:
+    except (RayError, ConnectionError, RuntimeError) as error:
         sys.stderr.write(f"align launch: the job server at {given.address} did not take the job: {error}\n")
         return UNAVAILABLE
     sys.stderr.write(f"align launch: submitted as {job}\n")
