@@ -9,6 +9,8 @@ import alignment  # noqa: F401 - before torch: it says how threads wait
 
 import torch  # isort: skip
 
+from tests.engines.ray_fixture import live_ray  # noqa: F401 - one live cluster for all tests
+
 _SKIPPED = pytest.StashKey[int]()
 
 
