@@ -18,8 +18,13 @@ from alignment.cluster_plan import (
 )
 from alignment.errors import UserError
 
+MEMORIES = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
+"""Of GPUs that there are, in GiB."""
 SUGGESTED = 3
 """Changes that are told when each would do alone."""
+
+NOTHING = (0, 0, 0)
+"""What is lacking where a stage fits."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +69,33 @@ def _remedies(stage: Any, load: Load, hardware: Hardware) -> Iterator[str]:
         other = change.applied(stage)
         if other is None:
             continue
-        if _lack(other, load, hardware) == (0, 0):
+        if _lack(other, load, hardware) == NOTHING:
             alone.append(change)
         further = change.applied(changed)
         less = _lack(further, load, hardware) if further is not None else lack
-        if less < lack and lack != (0, 0):
+        if less < lack:
             changed, lack = further, less
             together.append(change)
     if alone:
-        yield "any one of these would do: " + "; ".join(map(str, alone[:SUGGESTED]))
-    elif together and lack == (0, 0):
-        yield "these would do together: " + "; ".join(map(str, together))
+        first = {(change.part, *change.options): change for change in reversed(alone)}  # of several values of an option
+        told = [str(change) for change in alone if change in first.values()][:SUGGESTED]
+        yield ("this would do: " if len(told) == 1 else "any one of these would do: ") + "; ".join(told)
+    elif lack == NOTHING:
+        last = {(change.part, *change.options): change for change in together}  # of several values of an option
+        yield "these would do together: " + "; ".join(map(str, last.values()))
     else:
-        yield from _hardware(stage, load)
+        yield from _hardware(stage, load, hardware)
 
 
-def _lack(stage: Any, load: Load, hardware: Hardware) -> tuple[int, int]:
-    """Problems other than memory, and bytes that are missing, on all kinds of GPU."""
-    plan = on_cluster("", stage, load, hardware)
+def _lack(stage: Any, load: Load, hardware: Hardware) -> tuple[int, int, int]:
+    """GPUs that are missing, problems other than memory, and bytes that are missing on all kinds of GPU."""
+    plan, needs = on_cluster("", stage, load, hardware), needs_of(stage)
+    total = hardware.nodes * hardware.gpus
+    asked = (needs.learner_ranks, needs.engine_devices)
+    groups = asked if needs.colocated else (sum(asked),)
+    devices = 0 if is_local(stage) else sum(max(0, group - total) for group in groups)
     missing = sum(max(0, -holding.spare) for holding in plan.holdings)
-    return len(plan.problems) - sum(holding.spare < 0 for holding in plan.holdings), missing
+    return devices, len(plan.problems) - sum(holding.spare < 0 for holding in plan.holdings), missing
 
 
 def _changes(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
@@ -92,8 +104,10 @@ def _changes(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
     learner, sampler = stage.learner, stage.sampler
     yield from _for_engines(stage, load, hardware)
     yield _Change("learner", {"gradient_checkpointing": True})
-    if (getattr(learner, "micro_batch_tokens", None) or 0) > load.row_tokens:
-        yield _Change("learner", {"micro_batch_tokens": load.row_tokens})
+    tokens = getattr(learner, "micro_batch_tokens", None) or 0
+    while tokens > load.row_tokens:
+        tokens = max(tokens // 2, load.row_tokens)
+        yield _Change("learner", {"micro_batch_tokens": tokens})
     if getattr(learner, "logits_chunk_mb", 0) > 128:
         yield _Change("learner", {"logits_chunk_mb": 128.0})
     for stage_of_zero in (2, 3):
@@ -104,10 +118,13 @@ def _changes(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
         sizes = [n for n in range(1, left + 1) if load.minibatch_rows % n == 0]
         if sizes and sizes[-1] != needs.learner_ranks:
             yield _Change("learner", {"ranks": sizes[-1]})
-    if needs.engines and (left := (total - needs.learner_ranks) // needs.tensor_parallel) > 0:
-        yield _Change("sampler", {"engines": left})
-    if not is_local(stage) and has_engine(stage):
-        yield _Change("cluster", {"placement": "separate" if needs.colocated else "colocated"})
+    left = total if needs.colocated else total - needs.learner_ranks
+    if needs.engines and not is_local(stage) and (engines := left // needs.tensor_parallel) > 0:
+        yield _Change("sampler", {"engines": engines})
+    if needs.colocated:
+        yield _Change("cluster", {"placement": "separate"})
+    elif getattr(sampler, "sleep", False) and not getattr(stage, "max_staleness", 0):
+        yield _Change("cluster", {"placement": "colocated"})
     if getattr(learner, "offload", None) == "none":
         yield _Change("learner", {"offload": "optimizer"})
     if getattr(learner, "dtype", "bfloat16") == "float32":
@@ -129,20 +146,24 @@ def _for_engines(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change
         share = int(100 * (shared.limit - resting) / hardware.memory) / 100
     if share > 0:
         yield _Change("sampler", {"gpu_memory_utilization": share})
-    for size in parallel_sizes(load.shape, hardware.gpus):
-        engines = needs.engine_devices // size
-        if size != needs.tensor_parallel and engines and not is_local(stage):
+    total = hardware.nodes * hardware.gpus
+    room = min(needs.engine_devices, total if needs.colocated else total - needs.learner_ranks)
+    for size in sorted(parallel_sizes(load.shape, hardware.gpus), key=lambda size: abs(size - needs.tensor_parallel)):
+        engines = room // size
+        if size != needs.tensor_parallel and engines > 0 and not is_local(stage):
             yield _Change("sampler", {"tensor_parallel": size, "engines": engines})
 
 
-def _hardware(stage: Any, load: Load) -> Iterator[str]:
-    """The GPUs that the stage as it stands would need."""
-    gpus = needs_of(stage).devices
-    if is_local(stage):
-        gpus = 1
-    for memory in (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288):
-        found, _ = holdings(stage, load, Hardware(1, gpus, memory))
-        if all(holding.spare >= 0 for holding in found):
-            yield f"no single change of these options would do; GPUs of {memory} GiB would"
+def _hardware(stage: Any, load: Load, hardware: Hardware) -> Iterator[str]:
+    """What the stage as it stands would need."""
+    total, needed = hardware.nodes * hardware.gpus, 1 if is_local(stage) else needs_of(stage).devices
+    if needed > total:
+        yield f"it needs {needed} GPUs as it stands, of {total}"
+    if all(holding.spare >= 0 for holding in holdings(stage, load, hardware)[0]):
+        return
+    for memory in MEMORIES:
+        found, _ = holdings(stage, load, Hardware(1, needed, memory))
+        if memory > hardware.memory_gib and all(holding.spare >= 0 for holding in found):
+            yield f"no change of its engines' options would do; GPUs of {memory} GiB would"
             return
-    yield "no change of these options would do, nor would GPUs of 288 GiB: spread the learner or an engine over more"
+    yield "no change of its engines' options would do: spread the learner or an engine over more GPUs"

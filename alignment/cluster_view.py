@@ -28,7 +28,9 @@ def _colour(stage: StageOnCluster) -> str:
 
 def _verdict(stage: StageOnCluster) -> str:
     if stage.fits:
-        least = min(stage.holdings, key=lambda holding: holding.spare)
+        # An engine alone on a GPU takes its whole share, whatever that is: what is left says nothing.
+        learning = [holding for holding in stage.holdings if holding.what != "engine"]
+        least = min(learning, key=lambda holding: holding.spare)
         return f"{stage.stage} fits: {gib(least.spare)} to spare where it is tightest ({least.what}, {least.fullest})"
     return "\n".join([f"{stage.stage} does not fit:", *(f"  {problem}" for problem in stage.problems)])
 

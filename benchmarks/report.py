@@ -33,6 +33,9 @@ def section(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     if found["exit_code"]:
         yield f"`benchmarks/{name}.py` failed with exit code {found['exit_code']}; nothing was measured."
         return
+    if found.get("skipped"):
+        yield f"`benchmarks/{name}.py` was skipped: it {found['skipped']}."
+        return
     yield f"`benchmarks/{name}.py`, {found['seconds']:.0f} s. {_machine(found['machine'])}"
     if found.get("settings"):
         settings = [f"{key} {harness.shown(value)}" for key, value in found["settings"].items()]

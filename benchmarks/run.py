@@ -24,7 +24,7 @@ from typing import Any
 import harness
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("grpo_vs_trl", "logprobs", "long_tailed", "controller")
+NAMES = ("grpo_vs_trl", "logprobs", "long_tailed", "controller", "gpu")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -72,7 +72,8 @@ def main() -> int:
         harness.console.rule(f"{number}/{len(args.only)} {name}")
         found = results["benchmarks"][name] = run(name, args.threads, args.quick)
         write(path, results)  # after each one, so that Ctrl-C loses only the one under way
-        outcome = "done" if found["exit_code"] == 0 else f"FAILED with exit code {found['exit_code']}"
+        outcome = f"skipped: {found['skipped']}" if found.get("skipped") else "done"
+        outcome = outcome if found["exit_code"] == 0 else f"FAILED with exit code {found['exit_code']}"
         harness.console.print(f"{name}: {outcome} after {found['seconds']} s")
     failed = [name for name, found in results["benchmarks"].items() if found["exit_code"]]
     harness.console.print(f"\nresults: {path}\ntables:  python benchmarks/report.py {path}", soft_wrap=True)

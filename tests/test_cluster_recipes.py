@@ -51,7 +51,9 @@ def test_the_header_says_what_was_done_and_how_to_repeat_it(name):
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     assert HEADER.search(header) and "Where the numbers come from" in header and "arXiv" in header
     nodes = "" if name != "gsm8k_8gpu" else "--nodes 1 "
-    assert f"`align check recipes/{name}.yaml {nodes}{' '.join(command(HARDWARE[name]))}`" in header.replace("\n# ", " ")
+    assert f"`align check recipes/{name}.yaml {nodes}{' '.join(command(HARDWARE[name]))}`" in header.replace(
+        "\n# ", " "
+    )
 
 
 @each_recipe
@@ -106,7 +108,11 @@ def shrunk(name: str, folder: Path) -> Recipe:
         "evaluation": {"every": 0},
         "stages": [
             {
-                **{key: value for key, value in whole["stages"][0].items() if key not in ("sampler", "cluster", "transport")},
+                **{
+                    key: value
+                    for key, value in whole["stages"][0].items()
+                    if key not in ("sampler", "cluster", "transport")
+                },
                 "steps": 1,
                 "prompts_per_step": stage.algorithm.minibatches,
                 "group_size": 4,
@@ -130,7 +136,9 @@ def test_its_algorithm_takes_a_step(name, tmp_path):
     result = alignment.train(recipe, sinks=[sink])
     assert result["status"] == "complete"
     (step,) = [record.metrics for record in sink.records if record.kind == "train"]
-    assert step["grad_norm"] > 0 and step["rollouts"] >= 4 * given.algorithm.minibatches  # more where groups are dropped
+    assert (
+        step["grad_norm"] > 0 and step["rollouts"] >= 4 * given.algorithm.minibatches
+    )  # more where groups are dropped
     assert ("kl" in step) == (given.algorithm.kl is not None)
     assert sink.groups and all(group.rollouts[0].scores for group in sink.groups)
 

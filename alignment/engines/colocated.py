@@ -7,8 +7,11 @@ The cache comes last, so that while the new weights travel (buckets, and under Z
 still free.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Literal, Protocol
+
+import torch
 
 from alignment.engines.config import Transport
 
@@ -34,7 +37,8 @@ class Colocated:
     Args:
         transport: Moves the weights.
         sleeper: The sampler of ``transport``, or something that stands for all its engines.
-        release: The learner gives memory that it has cached and does not use back to the GPU.
+        release: Learners in other processes give memory that they have cached and do not use back to the GPU; for this
+            process that is done here.
     """
 
     def __init__(self, transport: Transport, sleeper: Sleeper, release: Callable[[], None] = lambda: None) -> None:
@@ -57,6 +61,9 @@ class Colocated:
         if not self.asleep:
             return self.transport.publish(version)
         self.release()
+        if torch.cuda.is_initialized():  # PyTorch keeps freed memory for itself, where the engine cannot take it
+            gc.collect()
+            torch.cuda.empty_cache()
         self.sleeper.wake("weights")
         metrics = self.transport.publish(version)
         self.sleeper.wake("cache")

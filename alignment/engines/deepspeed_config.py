@@ -1,7 +1,7 @@
 """What a recipe says of the DeepSpeed learner. Light: DeepSpeed is imported where its ranks live."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from alignment.engines.config import Site
 from alignment.engines.learner_config import LearnerOptions, learners
@@ -20,6 +20,9 @@ class DeepSpeedLearnerConfig(LearnerOptions):
     The result is that of the torch learner, whatever the number of ranks and the stage: losses are divided by counts
     of the whole mini-batch before rows are shared out. On a GPU each rank has one.
     """
+
+    needs_module: ClassVar[bool] = False
+    needs_cluster: ClassVar[str] = "its ranks are processes of their own"
 
     ranks: Annotated[int, option("processes that share a batch", ge=1)] = 1
     zero_stage: Annotated[

@@ -36,6 +36,7 @@ mount -t tmpfs tmpfs /mnt
 at=0
 for folder in "$@"; do at=$((at + 1)); mkdir /mnt/$at; mount --bind "$folder" /mnt/$at; done
 for folder in {HIDDEN}; do mount -t tmpfs -o mode=1777 tmpfs "$folder"; done
+chmod 700 "$HOME"
 at=0
 for folder in "$@"; do
   at=$((at + 1)); mkdir -p "$folder"; mount --move /mnt/$at "$folder"

@@ -1,0 +1,178 @@
+"""What the tests of the DeepSpeed learner do on every rank. They return plain values and numpy arrays."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from alignment.algorithms.objective import Objective
+from alignment.algorithms.policy_losses import Clip
+from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
+from alignment.engines.deepspeed_rank import DeepSpeedRank
+from alignment.engines.policy_learner import PolicyLearner
+from alignment.types import Batch
+from tests.engines.helpers import Reinforce, grpo, learner_of, lora, make_batch, tiny
+
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1, "micro_batch_tokens": 22, "max_grad_norm": 0.5}
+
+
+def module_of(kind: str) -> nn.Module:
+    """A model by name: tiny, untied, dropout, lora, fresh (a LoRA adapter that does nothing yet), bfloat16."""
+    if kind in ("lora", "fresh"):
+        module = lora()
+        if kind == "fresh":
+            with torch.no_grad():
+                for name, p in module.named_parameters():
+                    if "lora_B" in name:
+                        p.zero_()
+        return module
+    if kind == "dropout":
+        return tiny("GPT2", resid_pdrop=0.3)
+    return tiny(tie_word_embeddings=kind != "untied").to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+
+
+def rank_of(kind: str = "tiny", total: int = 100, reference: bool = False, **options: Any) -> DeepSpeedRank:
+    """The learner of this rank."""
+    config = DeepSpeedLearnerConfig(ranks=dist.get_world_size(), **(OPTIONS | options))
+    return DeepSpeedRank(module_of(kind), config, total, 0, reference)
+
+
+def embedded(kind: str = "tiny", total: int = 100, reference: bool = False, **options: Any) -> PolicyLearner:
+    """The torch learner with the same options."""
+    return learner_of(module_of(kind), total, 0, reference, **(OPTIONS | options))
+
+
+def numbers(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.float().numpy().copy() for name, tensor in weights.items()}
+
+
+def whole_weights(learner: DeepSpeedRank, form: Any = "merged") -> dict[str, np.ndarray]:
+    return numbers({name: t for bucket in learner.weights(4000, form) for name, t in bucket.items()})
+
+
+def batches(count: int = 5, rows: int = 9) -> list[Batch]:
+    return [replace(make_batch(rows, seed), step=seed) for seed in range(count)]
+
+
+def advance(learner: PolicyLearner, batch: Batch) -> dict[str, float]:
+    """Annotates what is needed and makes an update of two epochs and two mini-batches, then one in another slot."""
+    batch = learner.annotate(batch, {"old_logp", "reference"})
+    metrics = learner.update(batch, grpo(epochs=2, minibatches=2, policy_loss=Clip()))
+    return metrics | {f"sft/{k}": v for k, v in learner.update(batch, Objective.supervised(), slot="sft").items()}
+
+
+def train(
+    kind: str, count: int = 5, reference: bool = False, **options: Any
+) -> tuple[list[dict[str, float]], Any, str]:
+    """Metrics of ``count`` updates of mixed kinds, the weights after them, and the fingerprint."""
+    learner = rank_of(kind, reference=reference, **options)
+    metrics = [learner.update(batch, grpo()) for batch in batches(count)]
+    result = metrics, whole_weights(learner), learner.fingerprint()
+    learner.close()
+    return result
+
+
+def annotate(kind: str, **options: Any) -> dict[str, np.ndarray]:
+    """Annotated fields before and after two updates, the reference kept from the start."""
+    learner, found = rank_of(kind, reference=True, **options), dict[str, np.ndarray]()
+    for when, batch in enumerate(batches(2)):
+        done = learner.annotate(batch, {"old_logp", "entropy", "reference"})
+        for name in ("old_logp_BT", "entropy_BT", "ref_logp_BT"):
+            found[f"{name} {when}"] = getattr(done, name).numpy().copy()
+        learner.update(done, grpo())
+    learner.close()
+    return found
+
+
+@dataclass(frozen=True)
+class Spoiled(Reinforce):
+    """Something is not finite on the last rank."""
+
+    what: str = "nothing"
+
+    def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, sums = super().loss(logp_BT, entropy_BT, micro)
+        if dist.get_rank() < dist.get_world_size() - 1 or self.what == "nothing":
+            return loss, sums
+        if self.what == "loss":  # and not the gradient
+            return loss + math.inf, sums
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss, sums
+
+
+def moments(learner: DeepSpeedRank) -> list[np.ndarray]:
+    backend: Any = learner.backend
+    return [
+        part.of(state).float().numpy().copy()
+        for part in backend.fragments()
+        for key, state in sorted(learner.slots["rl"].adamw.state[part.flat].items())
+        if key != "step"
+    ]
+
+
+def skip(stage: int, what: str, **options: Any) -> dict[str, Any]:
+    """A good step, two spoiled ones, and a good one: what they left unchanged and what was counted."""
+    learner = rank_of(zero_stage=stage, total=10, schedule="linear", **options)
+    good, other = batches(2)
+    learner.update(good, Reinforce())
+    before, moved = whole_weights(learner), moments(learner)
+    spoiled = [learner.update(good, Spoiled(what=what)) for _ in range(2)]
+    after, left = whole_weights(learner), moments(learner)
+    last = learner.update(other, Reinforce())
+    result = {
+        "weights": all(np.array_equal(after[n], before[n]) for n in before),
+        "moments": bool(moved) and all(np.array_equal(a, b) for a, b in zip(left, moved, strict=True)),
+        "spoiled": spoiled,
+        "last": last,
+        "final": whole_weights(learner),
+        "counts": dict(vars(learner.slots["rl"].counts)),
+    }
+    learner.close()
+    return result
+
+
+def stop(stage: int) -> str:
+    """The message after too many spoiled steps in a row."""
+    learner = rank_of(zero_stage=stage, max_skipped_steps=2)
+    good = batches(1)[0]
+    try:
+        for what in ("loss", "nothing", "loss", "loss"):
+            learner.update(good, Spoiled(what=what))
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        learner.close()
+    return "it did not stop"
+
+
+def run(
+    kind: str, steps: Sequence[int], load: Path | None = None, save: Path | None = None, **options: Any
+) -> tuple[list[dict[str, float]], str]:
+    """Loads, advances by batches ``steps``, saves; metrics and the fingerprint."""
+    reference = kind != "fresh"
+    learner = rank_of(kind, total=6, reference=reference, schedule="cosine", warmup_steps=2, lr=1e-2, **options)
+    if load is not None:
+        learner.restore(load)
+    all_batches = batches(max(steps, default=0) + 1)
+    metrics = [advance(learner, all_batches[step]) for step in steps]
+    if save is not None:
+        learner.save(save)
+        dist.barrier()
+    result = metrics, learner.fingerprint()
+    learner.close()
+    return result
+
+
+def publish(kind: str, form: str, bucket_bytes: int, **options: Any) -> list[dict[str, np.ndarray]]:
+    """The buckets of the weights after an update."""
+    learner = rank_of(kind, **options)
+    learner.update(batches(1)[0], grpo())
+    buckets = [numbers(bucket) for bucket in learner.weights(bucket_bytes, form)]  # pyright: ignore[reportArgumentType]
+    learner.close()
+    return buckets

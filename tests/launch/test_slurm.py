@@ -1,0 +1,142 @@
+"""A real Slurm of two nodes that share nothing but the folder of runs; see ``slurm_cluster``.
+
+The jobs run a small Ray program; the last test a recipe.
+"""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from launch.plan import Job
+from launch.slurm import render_slurm
+from launch.spec import ClusterSpec, Deadlines
+from tests.launch.slurm_cluster import SlurmCluster, wait_for
+
+PROGRAM = str(Path(__file__).with_name("ray_program.py"))
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def two_nodes(**changes) -> ClusterSpec:
+    given = {"nodes": 2, "cpus_per_node": 4, "deadlines": Deadlines(nodes_s=90, head_lost_s=10)}
+    return ClusterSpec(**{**given, **changes})
+
+
+def submit(slurm: SlurmCluster, folder: Path, spec: ClusterSpec, *command: str) -> int:
+    """Writes the files here, and submits from inside."""
+    launch = render_slurm(spec, Job("p", (PROGRAM, *command), slurm.shared, folder, uses_ray=True))
+    launch.write()
+    *sbatch, script = launch.command.argv
+    return int(slurm.run(*sbatch, "--parsable", script).stdout)
+
+
+def assert_nothing_is_left(slurm: SlurmCluster) -> None:
+    def left() -> list[str]:
+        found = [p for name in ("n1", "n2") for p in slurm.machines[name].processes()]
+        return [p for p in found if not any(daemon in p for daemon in ("slurmd", "munged", "signal.pause"))]
+
+    wait_for(lambda: not left(), lambda: f"processes to end: {left()}", 60)
+
+
+def test_the_nodes_share_nothing_but_one_folder(slurm):
+    for name, other in (("n1", "n2"), ("n2", "n1")):
+        for folder in ("/tmp", "/var/tmp", "/dev/shm", "/run", str(Path.home()), str(slurm.shared)):
+            slurm.run("touch", f"{folder}/from-{name}", on=name)
+            seen = slurm.run("test", "-e", f"{folder}/from-{name}", on=other, check=False).returncode == 0
+            assert seen == (folder == str(slurm.shared)), folder
+        for folder in ("/", "/etc", "/usr", "/var", str(Path(__file__).parent)):
+            assert slurm.run("touch", f"{folder}/from-{name}", on=name, check=False).returncode != 0, folder
+        address = slurm.run("hostname", "--all-ip-addresses", on=name).stdout.split()
+        assert len(address) == 1
+        assert slurm.run("ip", "route", "get", "8.8.8.8", on=name, check=False).returncode != 0, "a way out"
+    assert not list(Path("/tmp").glob("from-n*")) + list(Path.home().glob("from-n*"))
+
+
+def test_actors_on_both_nodes_and_an_exit_code_other_than_zero(slurm, tmp_path_factory):
+    folder = slurm.shared / "code 3 & more"  # a name that has to be quoted everywhere
+    job = slurm.wait_job(submit(slurm, folder, two_nodes(), "exit", str(slurm.shared), "3"), ENDED)
+    log = (folder / "job.log").read_text()
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "3:0"), log + slurm.logs()
+    places = json.loads((slurm.shared / "places.json").read_text())
+    assert {(p["host"], p["address"]) for p in places} == {("n1", "10.77.0.11"), ("n2", "10.77.0.12")}
+    assert all(p["tmp_is_private"] == "True" and p["mode"] == "token" and not p["token"] for p in places), places
+    assert "align launch: 2 nodes: 10.77.0.11, 10.77.0.12" in log
+    assert not list(folder.glob("token.*"))
+    assert_nothing_is_left(slurm)
+
+
+def test_told_to_stop_it_saves_and_is_queued_again_and_goes_on_and_ends_with_zero(slurm):
+    folder, step = slurm.shared / "steps", slurm.shared / "step"
+    number = submit(slurm, folder, two_nodes(), "steps", str(slurm.shared))
+    wait_for(step.exists, lambda: f"the first step\n{slurm.logs()}", 120)
+    (token,) = folder.glob("token.*")
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
+    assert not where_it_shows(slurm, token.read_text(), token)
+    slurm.run("scancel", "--batch", "--signal=TERM", str(number))
+    assert slurm.wait_job(number, ("PENDING",))["Restarts"] == "1", slurm.logs()
+    state = json.loads((slurm.shared / "state.json").read_text())
+    job = slurm.wait_job(number, ENDED)
+    log = (folder / "job.log").read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
+    again = json.loads((slurm.shared / "state.json").read_text())
+    assert again == {"step": state["step"] + 3, "started_at": [0, state["step"]]}
+    assert "queued again; it goes on from the last completed step" in log
+    assert_nothing_is_left(slurm)
+    for name in ("n1", "n2"):
+        assert "align-" not in slurm.run("ls", "/tmp", on=name).stdout
+
+
+def where_it_shows(slurm: SlurmCluster, secret: str, token: Path) -> list[str]:
+    """Command lines and environments of all processes on the nodes, what Slurm keeps, and files of the shared folder
+    that hold the token; all but its own file."""
+    found = []
+    for name, machine in slurm.machines.items():
+        inside = Path(f"/proc/{machine.pid}/root")
+        kinds = [*inside.glob("proc/[0-9]*/cmdline"), *inside.glob("proc/[0-9]*/environ")]
+        kinds += [path for path in inside.glob("run/align/**/*") if path.is_file()]
+        kinds += [path for path in slurm.shared.rglob("*") if path.is_file() and path != token]
+        for path in kinds:
+            try:
+                if secret.encode() in path.read_bytes():
+                    found.append(f"{name}: {path}")
+            except OSError:  # it has ended
+                continue
+    return found
+
+
+def test_a_node_that_cannot_start_ends_the_job_at_once_and_is_named(slurm):
+    folder = slurm.shared / "broken"
+    spec = two_nodes(setup=('[ "$(hostname)" != n2 ]',))
+    job = slurm.wait_job(submit(slurm, folder, spec, "exit", str(slurm.shared), "0"), ENDED)
+    log = (folder / "job.log").read_text()
+    assert job["ExitCode"] == "69:0", log
+    assert "Ray on n2 ended with exit code 1 before training began" in log
+    assert_nothing_is_left(slurm)
+
+
+def test_a_job_that_is_cancelled_is_not_queued_again(slurm):
+    folder = slurm.shared / "cancelled"
+    number = submit(slurm, folder, two_nodes(), "steps", str(slurm.shared))
+    wait_for((folder / "driver.pid").exists, "the driver", 60)
+    slurm.run("scancel", str(number))
+    job = slurm.wait_job(number, ENDED)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), (folder / "job.log").read_text()
+    assert_nothing_is_left(slurm)
+    assert slurm.job(number)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.full
+def test_when_the_head_dies_the_job_ends_and_says_so(slurm):
+    folder = slurm.shared / "headless"
+    (slurm.shared / "step").unlink(missing_ok=True)
+    (slurm.shared / "state.json").unlink(missing_ok=True)
+    number = submit(slurm, folder, two_nodes(), "steps", str(slurm.shared))
+    wait_for((slurm.shared / "step").exists, lambda: f"the first step\n{slurm.logs()}", 120)
+    pid = slurm.run("pgrep", "-f", "gcs_server", on="n1").stdout.split()[0]
+    slurm.run("kill", "-KILL", pid, on="n1")
+    job = slurm.wait_job(number, ENDED)
+    log = (folder / "job.log").read_text()
+    assert job["JobState"] == "FAILED" and job["Restarts"] == "0", log
+    assert "Ray's head on n1 has ended" in log
+    assert_nothing_is_left(slurm)

@@ -1,0 +1,124 @@
+"""Whole runs on vLLM, DeepSpeed and Ray: what they promise, how they stop, and what they survive."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import alignment
+from alignment.ledger import Ledger
+from tests.recorded_rollouts import record
+from tests.test_train import Recorder, contents, lines
+from tests.tiny import merged, tiny, write
+
+ROOT = Path(__file__).parents[1]
+MODEL = {"build": {"hidden_size": 64, "heads": 2, "kv_heads": 2}}
+REWARD = [{"name": "format", "pattern": "[0-4].*"}]  # one that an untrained model sometimes earns
+ONE_PROCESS: dict[str, Any] = {"model": MODEL, "rewards": REWARD, "stages": {1: {"sampler": "vllm"}}}
+CLUSTER: dict[str, Any] = {
+    "model": MODEL,
+    "rewards": REWARD,
+    "evaluation": {"every": 0},
+    "stages": {
+        1: {
+            "sampler": "vllm",
+            "learner": {"name": "deepspeed", "ranks": 2, "zero_stage": 2, "lr": 1e-3},
+            "cluster": "ray",
+            "max_staleness": 1,
+            "algorithm": {"minibatches": 2},
+        }
+    },
+}
+
+
+def online(run: str) -> list[dict[str, Any]]:
+    return [line for line in lines(run) if line["kind"] == "train" and line["stage"] == "rl"]
+
+
+def test_vllm_beside_the_torch_learner_in_one_process(tmp_path):
+    result = alignment.train(tiny(tmp_path, ONE_PROCESS))
+    steps = online(result["folder"])
+    assert len(steps) == 4 and all(abs(step["mismatch_kl"]) < 1e-6 for step in steps)
+    assert max(step["mismatch_abs_max"] for step in steps) < 1e-4
+    assert any(step["grad_norm"] > 0 for step in steps) and all(step["publish_bytes"] > 0 for step in steps)
+    assert {step["publish_changed"] for step in steps} == {1.0}
+    assert set(Ledger(Path(result["folder"]) / "ledger.jsonl").fates().values()) == {"trained"}
+
+
+@pytest.fixture(scope="module")
+def recorded(live_ray, tmp_path_factory):
+    """A run on the real engines, its groups, and a file of its rollouts."""
+    folder, sink = tmp_path_factory.mktemp("real"), Recorder()
+    result = alignment.train(tiny(folder, CLUSTER | {"run": {"name": "real"}}), sinks=[sink])
+    record(folder / "rollouts.jsonl", sink.groups)
+    return result, sink, folder / "rollouts.jsonl"
+
+
+def test_a_cluster_trains_within_its_staleness(recorded):
+    result, sink, _ = recorded
+    steps = online(result["folder"])
+    assert result["status"] == "complete" and len(steps) == 4
+    assert [step["staleness"] for step in steps] == [0, 1, 1, 1], "one batch is in flight while one is learned from"
+    assert all(abs(step["mismatch_kl"]) < 1e-6 for step in steps[:1])
+    assert any(step["grad_norm"] > 0 for step in steps) and {step["publish_changed"] for step in steps} == {1.0}
+    assert Ledger(Path(result["folder"]) / "ledger.jsonl").fates() == dict.fromkeys(range(16), "trained")
+    assert [g.uid for g in sink.groups] == list(range(16))
+    assert {r.sampler for g in sink.groups for r in g.rollouts} == {"vllm"}
+
+
+def test_a_run_resumed_on_the_same_rollouts_is_the_uninterrupted_one_bit_for_bit(recorded, tmp_path):
+    """Which token comes out of vLLM may hang on what was batched with it; on equal rollouts all the rest is exact."""
+    whole, _, rollouts = recorded
+    change = merged(
+        CLUSTER,
+        {
+            "plugins": ["tests.recorded_rollouts"],
+            "run": {"name": "parts"},
+            "stages": {1: {"sampler": {"name": "recorded", "path": str(rollouts)}, "transport": "nowhere"}},
+            "data": {"eval": None},
+        },
+    )
+    parts = tiny(tmp_path, change)
+    first = alignment.train(parts, sinks=[Recorder(stop_after=5)])
+    assert first["status"] == "interrupted"
+    state = json.loads((newest(first["folder"]) / "state.json").read_text())
+    assert [uid for uid, _ in state["in_flight"]] == [8, 9, 10, 11], "what is launched again"
+    second = alignment.train(parts)
+    assert second["status"] == "complete"
+    ours, theirs = contents(second["folder"]), contents(whole["folder"])
+    assert ours.keys() == theirs.keys()
+    learned = [name for name in ours if name.startswith("learner/")]
+    assert len(learned) > 3 and all(ours[name] == theirs[name] for name in learned)
+    assert Ledger(Path(second["folder"]) / "ledger.jsonl").fates() == dict.fromkeys(range(16), "trained")
+
+
+def newest(run: str) -> Path:
+    checkpoints = Path(run) / "checkpoints"
+    return checkpoints / (checkpoints / "LATEST").read_text().strip()
+
+
+def started(live_ray, folder: Path, change: dict[str, Any]) -> subprocess.Popen[str]:
+    """``align train`` as a process of its own, on the cluster that is up."""
+    recipe = write(folder, merged(change, {"stages": {1: {"cluster": {"name": "ray", "address": live_ray.address}}}}))
+    env = {**live_ray.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "alignment", "train", str(recipe)]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and any(json.loads(line)["step"] >= step for line in metrics.read_text().splitlines()):
+            return
+        time.sleep(0.1)
+    raise AssertionError(process.communicate()[0])
+
+
+def actors_of(kind: str) -> set[int]:
+    """Processes of Ray that serve an actor of this class."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return {int(line.split()[0]) for line in found.splitlines() if f"ray::{kind}" in line}
