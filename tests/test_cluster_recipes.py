@@ -1,4 +1,4 @@
-"""The recipes for real clusters: each passes its check on its hardware without a network, and its algorithm takes a step."""
+"""The recipes for real clusters: each passes its check on its hardware offline, and its algorithm takes a step."""
 
 import json
 import os
@@ -74,7 +74,8 @@ def test_the_check_needs_no_network_and_is_quick_to_import(tmp_path):
         "import socket, sys\n"
         "def refuse(*args, **kwargs): sys.exit('a connection was opened')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
-        "from alignment.plan import make_plan; from alignment.recipe import load; from alignment.cluster_plan import Hardware\n"
+        "from alignment.plan import make_plan; from alignment.recipe import load\n"
+        "from alignment.cluster_plan import Hardware\n"
         f"[make_plan(load([p]), Hardware(4, 8)) for p in {[str(path(name)) for name in HARDWARE]!r}]\n"
         "heavy = {'transformers', 'trl', 'peft', 'datasets', 'vllm', 'deepspeed', 'ray'}\n"
         "print(sorted({m.partition('.')[0] for m in sys.modules} & heavy))"
