@@ -17,3 +17,11 @@ def test_right_or_wrong_teaches_what_more_demonstrations_steps_do_not(tmp_path, 
     assert after["accuracy"] - before["accuracy"] >= 0.25
     assert after["interval"][0] > before["interval"][1], "the intervals do not overlap"
     assert [stage["name"] for stage in result["stages"]] == ["warmup", "rl"]
+
+
+def test_the_real_engines_learn_it_too(tmp_path):
+    """vLLM, two DeepSpeed ranks and Ray, in a cluster of its own, one batch in flight."""
+    result = alignment.train(RECIPE.with_name("quickstart_cluster.yaml"), overrides=[f"run.output={tmp_path}"])
+    before, after = result["eval"]["before"], result["eval"]["after"]
+    assert result["status"] == "complete"
+    assert after["accuracy"] - before["accuracy"] >= 0.15

@@ -1,6 +1,8 @@
 """Whole runs on vLLM, DeepSpeed and Ray: what they promise, how they stop, and what they survive."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 import alignment
+from alignment.checkpoint import Checkpoints, verify
 from alignment.ledger import Ledger
 from tests.recorded_rollouts import record
 from tests.test_train import Recorder, contents, lines
@@ -122,3 +125,58 @@ def actors_of(kind: str) -> set[int]:
     """Processes of Ray that serve an actor of this class."""
     found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
     return {int(line.split()[0]) for line in found.splitlines() if f"ray::{kind}" in line}
+
+
+LONG = merged(CLUSTER, {"run": {"name": "faults", "save_every": 1}, "stages": {1: {"steps": 400}}})
+"""A run that a test ends long before it is done."""
+
+
+def test_sigterm_saves_the_last_completed_step_and_leaves_no_process(live_ray, tmp_path):
+    before = actors_of("RolloutEngine") | actors_of("LearnerRank")
+    process = started(live_ray, tmp_path, LONG)
+    run = tmp_path / "runs/faults"
+    wait_for_step(run, 6, process)
+    assert actors_of("RolloutEngine") - before and len(actors_of("LearnerRank") - before) == 2
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
+    assert verify(newest(str(run))) == []
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert Checkpoints(run / "checkpoints").steps()[-1] == max(steps)
+    wait_until(lambda: not (actors_of("RolloutEngine") | actors_of("LearnerRank")) - before)
+
+
+def test_a_dead_rank_ends_the_run_by_name_and_the_same_command_goes_on(live_ray, tmp_path):
+    before = actors_of("LearnerRank")
+    process = started(live_ray, tmp_path, LONG)
+    run = tmp_path / "runs/faults"
+    wait_for_step(run, 6, process)
+    os.kill(max(actors_of("LearnerRank") - before), signal.SIGKILL)
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 2, out
+    assert "learner rank" in out and "Traceback" not in out
+    saved = Checkpoints(run / "checkpoints").latest(print)
+    assert saved is not None and saved.step >= 5, "each step was saved"
+    again = started(live_ray, tmp_path, merged(LONG, {"stages": {1: {"steps": saved.step + 1 - 3}}}))
+    out, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, out
+    assert set(Ledger(run / "ledger.jsonl").fates().values()) == {"trained"}
+
+
+def test_a_rollout_engine_that_is_killed_costs_nothing_but_time(live_ray, tmp_path):
+    before = actors_of("RolloutEngine")
+    process = started(live_ray, tmp_path, merged(LONG, {"stages": {1: {"steps": 30}}, "run": {"save_every": 0}}))
+    run = tmp_path / "runs/faults"
+    wait_for_step(run, 6, process)
+    os.kill(max(actors_of("RolloutEngine") - before), signal.SIGKILL)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert Ledger(run / "ledger.jsonl").fates() == dict.fromkeys(range(30 * 4), "trained")
+
+
+def wait_until(true: Any, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.2)
