@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from alignment.engines.deepspeed_backend import ZeroBackend
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_zero import gathered
+from alignment.engines.outgoing import Form, buckets
 from alignment.engines.policy_learner import PolicyLearner
 from alignment.engines.roles import Role
 from alignment.errors import UserError
@@ -65,38 +68,38 @@ class DeepSpeedRank(PolicyLearner):
         """
         raise UserError(f"role {name!r}: the deepspeed learner has no models beside the policy; use learner torch")
 
-    def weights(self, bucket_bytes: int, form: Literal["merged", "adapter"] = "merged") -> Iterator[dict[str, Tensor]]:
-        """The policy's weights as they are now, whole, in buckets of about ``bucket_bytes``; a large one comes alone.
+    def weights(self, bucket_bytes: int, form: Form = "merged") -> Iterator[dict[str, Tensor]]:
+        """The policy's weights as they are now, whole, in buckets of at most ``bucket_bytes``; a larger comes alone.
 
         Every rank has to take every bucket. The tensors of one are the receiver's to keep.
 
         Args:
-            bucket_bytes: Of the tensors of one bucket.
-            form: ``"merged"``: all weights under the names of the model itself, an adapter added to them.
-                ``"adapter"``: the adapter's weights alone.
+            bucket_bytes: Of the tensors of one bucket together.
+            form: Whole weights by their names in transformers, an adapter added to them; or the adapter alone, by its
+                names in peft.
+
+        Raises:
+            ValueError: There is no adapter to send.
         """
-        bucket, size = dict[str, Tensor](), 0
-        for name, tensor in self._whole(form):
-            if bucket and size + tensor.nbytes > bucket_bytes:
-                yield bucket
-                bucket, size = {}, 0
-            bucket[name] = tensor
-            size += tensor.nbytes
-        if bucket:
-            yield bucket
+        if form == "adapter" and not self.has_adapter:
+            raise ValueError("the model has no LoRA adapter to send; send whole weights (form: merged)")
+        return buckets(self._adapter() if form == "adapter" else self._whole(), bucket_bytes)
 
     @torch.no_grad()
-    def _whole(self, form: Literal["merged", "adapter"]) -> Iterator[tuple[str, Tensor]]:
+    def _adapter(self) -> Iterator[tuple[str, Tensor]]:
         module: Any = self.module
-        if form == "adapter" or not self.has_adapter:
-            chosen = self.trained if form == "adapter" else weights_of(module)
-            for name, tensor in chosen.items():
-                with gathered([tensor]):
-                    whole = tensor.detach().clone()
-                yield name, whole
-            return
-        base = module.get_base_model()
-        layers: dict[str, Any] = {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+        parameters = dict(module.named_parameters())
+        # It only chooses and renames, so that the weights may be in parts.
+        for name, tensor in get_peft_model_state_dict(module, parameters, save_embedding_layers=False).items():
+            with gathered([tensor]):
+                whole = tensor.detach().clone()
+            yield name, whole
+
+    @torch.no_grad()
+    def _whole(self) -> Iterator[tuple[str, Tensor]]:
+        module: Any = self.module
+        base = module.get_base_model() if self.has_adapter else module
+        layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
         adapters = tuple(f"{name}.lora_" for name in layers)
         for name, tensor in weights_of(base).items():
             if name.startswith(adapters):

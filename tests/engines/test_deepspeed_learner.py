@@ -1,0 +1,219 @@
+"""The DeepSpeed learner as the driver of a run has it: two ranks on a live Ray cluster, against the torch learner."""
+
+import os
+import signal
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from alignment.algorithms.objective import Objective
+from alignment.engines.config import Site
+from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
+from alignment.engines.deepspeed_learner import DeepSpeedLearner
+from alignment.engines.learner_config import Learner, TorchLearnerConfig
+from alignment.engines.packed import pack, unpack
+from alignment.engines.ray_config import RayClusterConfig
+from alignment.engines.torch_learner import TorchLearner
+from alignment.errors import EngineFailed, UserError
+from alignment.origin import Origin
+from alignment.recipe_sections import ModelConfig
+from tests.engines.helpers import Reinforce, grpo, make_batch
+
+BUILD = {"alphabet": "0123456789+-*/=()", "hidden_size": 16, "layers": 2, "heads": 2, "kv_heads": 2}
+MODEL = ModelConfig.model_validate({"build": BUILD | {"intermediate_size": 24, "max_positions": 64}})
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "micro_batch_tokens": 40, "max_skipped_steps": 2}
+
+
+def batch(step: int = 0):
+    made = make_batch(9, step)
+    return replace(made, step=step, ids_BT=made.ids_BT.clamp(max=16))
+
+
+@dataclass(frozen=True)
+class Broken(Reinforce):
+    """Not finite, or wrong: on every rank or on the last alone."""
+
+    how: str = "nan"
+
+    def loss(self, logp_BT, entropy_BT, micro):
+        loss, sums = super().loss(logp_BT, entropy_BT, micro)
+        if self.how == "die" and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "refuse":
+            raise UserError("not like this: do that")
+        if self.how == "alone" and os.environ["RANK"] == "1":
+            raise ValueError("only here")
+        return loss * (torch.nan if self.how == "nan" else 1.0), sums
+
+
+class Opener:
+    """Makes learners of two ranks, each in a placement of its own."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+        self.idle = 0
+
+    def __call__(self, **options: Any) -> DeepSpeedLearner:
+        config = DeepSpeedLearnerConfig(**{"ranks": 2, "timeout_s": 120.0, **OPTIONS, **options})
+        origin = Origin(MODEL, seed=1)
+        site = Site(replace(origin.make(weights=False), origin=origin), idle=self._idle)
+        stage = SimpleNamespace(learner=config, sampler=None)
+        cluster = self.stack.enter_context(RayClusterConfig(start_timeout_s=120.0).open(stage, site))
+        learner = config.build(replace(site, cluster=cluster), 50, 7, reference=True)
+        self.stack.callback(learner.close)
+        return learner
+
+    def _idle(self) -> None:
+        self.idle += 1
+
+
+@pytest.fixture
+def opener(live_ray):
+    with ExitStack() as stack:
+        yield Opener(stack)
+
+
+def embedded() -> TorchLearner:
+    config = TorchLearnerConfig(device="cpu", **OPTIONS)
+    return TorchLearner(Origin(MODEL, seed=1).make().module, config, 50, 7, reference=True)
+
+
+def whole(learner: DeepSpeedLearner, bucket_bytes: int = 2000) -> dict[str, torch.Tensor]:
+    buckets = [unpack(ray.get(ref)) for ref in learner.weight_buckets(bucket_bytes)]
+    assert len(buckets) > 3 and sum(map(len, buckets)) == len({name for bucket in buckets for name in bucket})
+    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket.items()}
+
+
+def test_two_ranks_are_the_torch_learner(opener, tmp_path):
+    learner, torch_learner = opener(zero_stage=2), embedded()
+    assert isinstance(learner, Learner) and not hasattr(learner, "module")
+    assert learner.device == torch.device("cpu") and learner.roles == {} and learner.needs == frozenset()
+    for step in range(3):
+        annotated = learner.annotate(batch(step), {"old_logp", "reference", "entropy"})
+        expected = torch_learner.annotate(batch(step), {"old_logp", "reference", "entropy"})
+        for name in ("old_logp_BT", "ref_logp_BT", "entropy_BT"):
+            torch.testing.assert_close(getattr(annotated, name), getattr(expected, name), rtol=0, atol=1e-4)
+        ours = learner.update(annotated, grpo(epochs=2, minibatches=2))
+        theirs = torch_learner.update(expected, grpo(epochs=2, minibatches=2))
+        assert ours.keys() == theirs.keys()
+        assert {k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in theirs.items()} == ours
+    assert opener.idle > 0, "a run is looked after while it waits"
+
+    sent = whole(learner)
+    for name, tensor in dict(torch_learner.module.named_parameters()).items():
+        torch.testing.assert_close(sent[name], tensor.detach(), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="^the model has no LoRA adapter to send"):
+        list(learner.weight_buckets(1000, "adapter"))
+
+    learner.save(tmp_path / "saved")
+    before = learner.fingerprint()
+    one = learner.update(batch(9), Objective.supervised(), slot="sft")
+    assert learner.fingerprint() != before
+    learner.restore(tmp_path / "saved")
+    assert learner.fingerprint() == before
+    assert learner.update(batch(9), Objective.supervised(), slot="sft") == one
+    learner.refresh_reference()
+    learner.release()
+
+
+def test_transports_reach_every_rank(opener):
+    learner = opener(zero_stage=3, ranks=2)
+    peers = learner.peers()
+    assert [peer.name[:14] for peer in peers] == ["learner rank 0", "learner rank 1"]
+    answers = [peer.call(rank_of, "rank") for peer in peers]
+    assert [answer.result(60) for answer in answers] == ["rank 0 of 2", "rank 1 of 2"]
+    refused: Future[Any] = peers[1].call(refuse)
+    error = refused.exception(60)
+    assert type(error) is UserError and str(error) == "this rank does not"
+    first = whole(learner)
+    again = learner.weight_buckets(2000)
+    next(again)
+    again.close()  # given up half way
+    second = whole(learner, 10**9 // 400_000)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rank_of(learner: Any, word: str) -> str:
+    return f"{word} {learner.backend.share.rank} of {learner.backend.share.ranks}"
+
+
+def refuse(learner: Any) -> None:
+    raise UserError("this rank does not")
+
+
+def test_errors_are_those_of_the_ranks_and_a_dead_rank_is_named(opener, tmp_path):
+    learner = opener(zero_stage=1)
+    with pytest.raises(ValueError, match="^nothing provides") as raised:
+        learner.annotate(batch(), {"values"})
+    assert type(raised.value) is ValueError
+    with pytest.raises(UserError, match="^not like this: do that$"):
+        learner.update(batch(), Broken(how="refuse"))
+    before = learner.fingerprint()
+    assert learner.update(batch(), Broken())["skipped_steps"] == 1
+    with pytest.raises(FloatingPointError, match="2 optimizer steps in a row") as stopped:
+        learner.update(batch(), Broken())
+    assert type(stopped.value) is FloatingPointError and "Traceback" not in str(stopped.value)
+    assert learner.fingerprint() == before, "after errors of all ranks they are still together"
+
+    pid = learner.cluster.places[learner.actors[1]._actor_id.hex()].pid
+    with pytest.raises(EngineFailed, match=rf"^learner rank 1 \(process {pid} on .*the learner to update"):
+        learner.update(batch(), Broken(how="die"))
+    with pytest.raises(EngineFailed, match=f"cannot save: .*process {pid}"):
+        learner.save(tmp_path)
+
+
+def test_ranks_that_are_apart_are_not_waited_for_again(opener):
+    learner = opener(zero_stage=2)
+    with pytest.raises(ValueError, match="^only here$"):
+        learner.update(batch(), Broken(how="alone"))
+    with pytest.raises(EngineFailed, match="cannot fingerprint: its ranks are no longer together since.*only here"):
+        learner.fingerprint()
+    learner.close()
+    learner.close()
+
+
+def test_a_wait_can_be_given_up_and_the_next_call_is_answered(opener):
+    learner, expected = opener(zero_stage=2), embedded()
+
+    class Enough(Exception):
+        """What a stop raises."""
+
+    def stop() -> None:
+        raise Enough
+
+    site = learner.site
+    learner.site = replace(site, idle=stop)
+    with pytest.raises(Enough):
+        for step in range(50):  # one of them takes long enough to be waited for
+            expected.update(batch(step), grpo())
+            learner.update(batch(step), grpo())
+    learner.site = site
+    for name, tensor in whole(learner).items():
+        torch.testing.assert_close(tensor, expected.module.state_dict()[name], rtol=0, atol=1e-2)
+
+
+def test_it_needs_a_cluster():
+    site = Site(Origin(MODEL, 1).make(weights=False))
+    with pytest.raises(UserError, match="cluster: ray"):
+        DeepSpeedLearnerConfig().build(site, 1, 0)
+
+
+def test_packed_tensors_are_the_same_without_a_copy():
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "c": torch.tensor(3),
+    }
+    packed = pack(tensors)
+    for _, array in packed.values():
+        array.flags.writeable = False  # as in Ray's store
+    back = unpack(packed)
+    assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in tensors.items())
+    assert back["a"].data_ptr() == tensors["a"].data_ptr() and isinstance(packed["b"][1], np.ndarray)
