@@ -37,7 +37,8 @@ class Sealed:
     groups: tuple[Group, ...]
     """To train on: accepted ones in launch order, then replayed ones."""
     sampled: tuple[Group, ...]
-    """Everything that was sampled for it, in launch order: what curricula learn from."""
+    """Everything that was sampled and whose fate was settled, in launch order: what curricula learn from. Groups that
+    were dropped on the way to a later batch are among them."""
     dropped_by: Mapping[int, str]
     """The name of the component that left a group out, by the group's uid."""
     state: TrainState
@@ -97,6 +98,8 @@ class Collector:
     _full: bool = False
     """Whether the next batch is complete."""
     _step: int = 0
+    _states: Mapping[str, Any] = field(default_factory=dict)
+    """Of the curricula, as they were when they last chose."""
     _failure: Exception | None = None
     _scorers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "scoring"))
 
@@ -110,19 +113,20 @@ class Collector:
         """
         if self._failure is not None:
             raise self._failure
-        self._step = state.step
         self._launch_again(state)
         states, launched = dict(state.components), state.launched
+        self._step, self._states = state.step, states
         context = Context(state.step, self.seed, self.roles)
         while True:
             if count := self._admissible(state):
                 with self.phases("choose"):
                     chosen, states = select_prompts(self.curricula, states, self.prompts, count, context)
+                self._states = states
                 self._launch(chosen, range(launched, launched + count))
                 launched += count
             if self._full or not self._by_uid:
                 break
-            self._wait(states)
+            self._wait()
         taken = self._take()
         groups = [f.group for f in taken if f.accepted and f.group is not None]
         sampled = [f.group for f in taken if f.group is not None]
@@ -141,14 +145,16 @@ class Collector:
         return Sealed(tuple(groups), tuple(sampled), dropped_by, after)
 
     def pump(self) -> None:
-        """Takes in what has finished meanwhile, without waiting: for whoever waits for the learner.
+        """Takes in and scores what has finished meanwhile, without waiting: for whoever waits for the learner.
 
-        A failure is kept for the next :meth:`collect`, where the run can stop between two steps.
+        A failure, whatever it is, is raised by the next :meth:`collect`: the step that is under way is completed first.
         """
+        if self._failure is not None:
+            return
         try:
             self.player.pump(0.0)
-            self._begin_scoring()
-        except (UserError, FloatingPointError) as error:
+            self._score(wait=False)
+        except Exception as error:
             self._failure = error
 
     def close(self) -> None:
@@ -182,16 +188,21 @@ class Collector:
             by_id = {prompt.id: prompt for prompt in self.prompts}
             self._launch([by_id[id_] for _, id_ in state.in_flight], [uid for uid, _ in state.in_flight])
 
-    def _wait(self, states: Mapping[str, Any]) -> None:
+    def _wait(self) -> None:
         """Samples and scores until something happened."""
         with self.phases("sample"):
             if self._sampling:
                 self.player.pump(WAIT_S if self._scoring is None else SCORING_S)
                 self.player.check()
         with self.phases("score"):
+            self._score(wait=not self._sampling)
+
+    def _score(self, wait: bool) -> None:
+        """Keeps the scorer busy, and takes its answer when it is there, or when it is all that is waited for."""
+        self._begin_scoring()
+        if self._scoring is not None and (wait or self._scoring[1].done()):
+            self._judge(*self._scoring)
             self._begin_scoring()
-            if self._scoring is not None and (self._scoring[1].done() or not self._sampling):
-                self._judge(states)
 
     def _begin_scoring(self) -> None:
         """Hands finished groups to the scorer, if it is idle: in lockstep all at once, else as they come."""
@@ -200,16 +211,15 @@ class Collector:
         self._sampling -= len(finished)
         if self._scoring is not None or not self._ready or (self.max_staleness == 0 and self._sampling):
             return
+        self._ready.sort(key=lambda f: f.playing.uid)  # a reward may depend on what came before
         groups = [f.playing.seal(self.player.sampler.name) for f in self._ready]
         score = self._scorers.submit(self.scorer.score, groups, step=self._step, max_steps=self.steps)
         self._scoring, self._ready = (self._ready, score), []
 
-    def _judge(self, states: Mapping[str, Any]) -> None:
+    def _judge(self, flights: Sequence[_Flight], scored: Future[list[Group]]) -> None:
         """Takes the scorer's answer, and lets the curricula keep or drop."""
-        assert self._scoring is not None
-        flights, scored = self._scoring
         for flight, group in zip(flights, scored.result(), strict=True):
-            flight.group, flight.dropped_by = group, keeps(self.curricula, states, group)
+            flight.group, flight.dropped_by = group, keeps(self.curricula, self._states, group)
             self._dropped += flight.dropped_by is not None
             del self._by_uid[flight.playing.uid]
         self._scoring = None
@@ -225,9 +235,16 @@ class Collector:
             yield flight
 
     def _take(self) -> list[_Flight]:
-        """Removes the next batch from the flights."""
-        taken = [self.flights.popleft() for _ in range(len(list(self._head())))]
-        self._dropped -= sum(f.dropped_by is not None for f in taken)
+        """Removes the next batch from the flights, and all that was dropped.
+
+        So a state never names a group as in flight whose fate is settled. If it did, a resumed run would sample it
+        again, other weights might make it an accepted one, and there would be more of these than the bound admits.
+        """
+        head = len(list(self._head()))
+        taken, left = [], []
+        for place, flight in enumerate(self.flights):
+            (taken if place < head or flight.dropped_by is not None else left).append(flight)
+        self.flights, self._dropped = deque(left), 0
         self._full = sum(f.accepted for f in self._head()) == self.prompts_per_step
         return taken
 
