@@ -1,7 +1,7 @@
 """What the tests of the DeepSpeed learner do on every rank. They return plain values and numpy arrays."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,17 @@ from alignment.types import Batch
 from tests.engines.helpers import Reinforce, grpo, learner_of, lora, make_batch, tiny
 
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1, "micro_batch_tokens": 22, "max_grad_norm": 0.5}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of this module with options: what a world runs."""
+
+    function: Callable[..., Any]
+    options: dict[str, Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args, **self.options)
 
 
 def module_of(kind: str) -> nn.Module:
@@ -152,19 +163,26 @@ def stop(stage: int) -> str:
 
 
 def run(
-    kind: str, steps: Sequence[int], load: Path | None = None, save: Path | None = None, **options: Any
-) -> tuple[list[dict[str, float]], str]:
-    """Loads, advances by batches ``steps``, saves; metrics and the fingerprint."""
+    kind: str,
+    steps: Sequence[int],
+    load: Path | None = None,
+    save: Path | None = None,
+    save_after: int | None = None,
+    **options: Any,
+) -> tuple[list[dict[str, float]], str, str]:
+    """Loads, advances by batches ``steps``, saves after one of them; metrics, the fingerprint then and at the end."""
     reference = kind != "fresh"
-    learner = rank_of(kind, total=6, reference=reference, schedule="cosine", warmup_steps=2, lr=1e-2, **options)
+    settings = {"schedule": "cosine", "warmup_steps": 2, "lr": 1e-2, "micro_batch_tokens": 40}
+    learner = rank_of(kind, total=6, reference=reference, **settings, **options)
     if load is not None:
         learner.restore(load)
-    all_batches = batches(max(steps, default=0) + 1)
-    metrics = [advance(learner, all_batches[step]) for step in steps]
-    if save is not None:
-        learner.save(save)
-        dist.barrier()
-    result = metrics, learner.fingerprint()
+    metrics, saved = list[dict[str, float]](), ""
+    for step in steps:
+        metrics.append(advance(learner, batches(step + 1)[step]))
+        if save is not None and step == save_after:
+            saved = learner.fingerprint()
+            learner.save(save)
+    result = metrics, saved, learner.fingerprint()
     learner.close()
     return result
 

@@ -93,7 +93,8 @@ def whole(learner: DeepSpeedLearner, bucket_bytes: int = 2000) -> dict[str, torc
 
 def test_two_ranks_are_the_torch_learner(opener, tmp_path):
     learner, torch_learner = opener(zero_stage=2), embedded()
-    assert isinstance(learner, Learner) and not hasattr(learner, "module")
+    as_protocol: Any = learner
+    assert isinstance(as_protocol, Learner) and not hasattr(learner, "module")
     assert learner.device == torch.device("cpu") and learner.roles == {} and learner.needs == frozenset()
     for step in range(3):
         annotated = learner.annotate(batch(step), {"old_logp", "reference", "entropy"})
