@@ -62,6 +62,11 @@ class RayCluster:
         self._engine_slots: list[_Slot] = []
         self._learner_slots: list[_Slot] = []
 
+    @property
+    def transport(self) -> str:
+        """The name of the transport that suits its devices."""
+        return "object_store" if self.needs.device == "cpu" else "ipc" if self.needs.colocated else "nccl"
+
     def place(self) -> None:
         """Reserves all devices.
 
