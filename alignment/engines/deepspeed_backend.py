@@ -21,6 +21,7 @@ from alignment.engines.deepspeed_zero import (
     engine_options,
     fragments,
     gathered,
+    give_back_whole_weights,
     prepare_deepspeed,
     shape_of,
     shards_replaced,
@@ -164,7 +165,7 @@ class ZeroBackend:
         parts = {part.name: part for part in self.fragments()}
         self._check(path, own)
         if self.stage == 3:
-            self.engine.empty_partition_cache()
+            give_back_whole_weights(self.engine)
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name, tensor in own.items():
                 if self.stage < 3 or name not in self.trained:

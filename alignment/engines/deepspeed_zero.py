@@ -120,16 +120,24 @@ def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 
+def give_back_whole_weights(engine: Any) -> None:
+    """At stage 3: those that are still gathered on this rank are forgotten, so that a change of its parts is seen.
+
+    The engine's own ``empty_partition_cache`` would have Python's garbage collected as well, which takes a second.
+    """
+    engine.optimizer.empty_partition_cache()
+
+
 @contextmanager
 def shards_replaced(engine: Any, trained: Mapping[str, Any], shards: Mapping[str, Tensor]) -> Iterator[None]:
     """At stage 3: inside, each rank's parts of the weights are others."""
-    engine.empty_partition_cache()  # whole weights that were not given back yet are those of before
+    give_back_whole_weights(engine)
     own = {name: p.ds_tensor.data for name, p in trained.items()}
     try:
         for name, p in trained.items():
             p.ds_tensor.data = shards[name]
         yield
     finally:
-        engine.empty_partition_cache()
+        give_back_whole_weights(engine)
         for name, p in trained.items():
             p.ds_tensor.data = own[name]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.policy_losses import Clip
+from alignment.engines import deepspeed_zero
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_rank import DeepSpeedRank
 from alignment.engines.policy_learner import PolicyLearner
@@ -48,8 +49,11 @@ def module_of(kind: str) -> nn.Module:
     return tiny(tie_word_embeddings=kind != "untied").to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
 
 
-def rank_of(kind: str = "tiny", total: int = 100, reference: bool = False, **options: Any) -> DeepSpeedRank:
-    """The learner of this rank."""
+def rank_of(
+    kind: str = "tiny", total: int = 100, reference: bool = False, whole_elements: int = 0, **options: Any
+) -> DeepSpeedRank:
+    """The learner of this rank; at stage 3, weights of no more than ``whole_elements`` stay whole, as small ones do."""
+    deepspeed_zero.PERSISTENT_ELEMENTS = whole_elements
     config = DeepSpeedLearnerConfig(ranks=dist.get_world_size(), **(OPTIONS | options))
     return DeepSpeedRank(module_of(kind), config, total, 0, reference)
 

@@ -1,5 +1,6 @@
 """Processes that compute together over gloo, started once and asked many things: a world of ranks for the tests."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 PATIENCE_S = 240.0
-PRELOADED = ["alignment.engines.deepspeed_rank", "tests.engines.helpers"]
+PRELOADED = ["tests.engines.rank_checks", "torch._inductor.lowering", "deepspeed.ops.op_builder.all_ops"]
+PRELOADED += ["transformers.models.qwen3.modeling_qwen3", "transformers.models.gpt2.modeling_gpt2"]
 
 
 def _free_port() -> int:
@@ -27,11 +29,10 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     import torch
 
-    from alignment.engines import deepspeed_zero
     from alignment.engines.deepspeed_rank import join_ranks
 
     torch.set_num_threads(1)
-    deepspeed_zero.PERSISTENT_ELEMENTS = 0  # the weights of tiny models would all stay whole
+    gc.freeze()  # DeepSpeed collects garbage with every engine, and there is much that is none
     join_ranks(rank, ranks, PATIENCE_S)
     while True:
         function, args = pipe.recv()

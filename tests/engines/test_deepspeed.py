@@ -82,7 +82,8 @@ def test_five_steps_are_those_of_the_torch_learner_however_micro_batched(worlds,
 )
 def test_also_other_models_and_ways_to_save_memory(worlds, kind, stage, options):  # noqa: F811
     expected, weights = embedded(kind, **options)
-    metrics, ours, _ = on_ranks(worlds(2), checks.train, kind, zero_stage=stage, **options)
+    small = 300 if kind == "untied" else 0
+    metrics, ours, _ = on_ranks(worlds(2), checks.train, kind, zero_stage=stage, whole_elements=small, **options)
     assert_like(metrics, expected)
     assert_equal(ours, weights)
 
@@ -96,7 +97,8 @@ def test_annotations_and_the_reference_are_those_of_the_torch_learner(worlds, ki
             expected[f"{name} {when}"] = getattr(done, name).numpy()
         learner.update(done, grpo())
     assert np.abs(expected["old_logp_BT 1"] - expected["ref_logp_BT 1"]).max() > 1e-4, "the policy moved"
-    assert_equal(on_ranks(worlds(2), checks.annotate, kind, zero_stage=stage), expected)
+    small = 300 if kind == "untied" else 0
+    assert_equal(on_ranks(worlds(2), checks.annotate, kind, zero_stage=stage, whole_elements=small), expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -54,14 +54,14 @@ class Broken(Reinforce):
 
 
 class Opener:
-    """Makes learners of two ranks, each in a placement of its own."""
+    """Makes learners of two ranks."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
         self.idle = 0
 
     def __call__(self, **options: Any) -> DeepSpeedLearner:
-        config = DeepSpeedLearnerConfig(**{"ranks": 2, "timeout_s": 120.0, **OPTIONS, **options})
+        config = DeepSpeedLearnerConfig(**{"ranks": 2, "timeout_s": 120.0, "zero_stage": 3, **OPTIONS, **options})
         origin = Origin(MODEL, seed=1)
         site = Site(replace(origin.make(weights=False), origin=origin), idle=self._idle)
         stage = SimpleNamespace(learner=config, sampler=None)
@@ -74,10 +74,26 @@ class Opener:
         self.idle += 1
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def opener(live_ray):
     with ExitStack() as stack:
         yield Opener(stack)
+
+
+@pytest.fixture(scope="module")
+def shared(opener, tmp_path_factory):
+    """One learner for all, and its beginning."""
+    learner, folder = opener(), tmp_path_factory.mktemp("beginning")
+    learner.save(folder)
+    return learner, folder
+
+
+@pytest.fixture
+def learner(shared) -> DeepSpeedLearner:
+    """The learner as it was when it was made."""
+    learner, folder = shared
+    learner.restore(folder)
+    return learner
 
 
 def embedded() -> TorchLearner:
@@ -91,8 +107,8 @@ def whole(learner: DeepSpeedLearner, bucket_bytes: int = 2000) -> dict[str, torc
     return {name: tensor.clone() for bucket in buckets for name, tensor in bucket.items()}
 
 
-def test_two_ranks_are_the_torch_learner(opener, tmp_path):
-    learner, torch_learner = opener(zero_stage=2), embedded()
+def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
+    torch_learner = embedded()
     as_protocol: Any = learner
     assert isinstance(as_protocol, Learner) and not hasattr(learner, "module")
     assert learner.device == torch.device("cpu") and learner.roles == {} and learner.needs == frozenset()
@@ -124,8 +140,7 @@ def test_two_ranks_are_the_torch_learner(opener, tmp_path):
     learner.release()
 
 
-def test_transports_reach_every_rank(opener):
-    learner = opener(zero_stage=3, ranks=2)
+def test_transports_reach_every_rank(learner):
     peers = learner.peers()
     assert [peer.name[:14] for peer in peers] == ["learner rank 0", "learner rank 1"]
     answers = [peer.call(rank_of, "rank") for peer in peers]
@@ -149,8 +164,7 @@ def refuse(learner: Any) -> None:
     raise UserError("this rank does not")
 
 
-def test_errors_are_those_of_the_ranks_and_a_dead_rank_is_named(opener, tmp_path):
-    learner = opener(zero_stage=1)
+def test_errors_are_those_of_the_ranks(learner):
     with pytest.raises(ValueError, match="^nothing provides") as raised:
         learner.annotate(batch(), {"values"})
     assert type(raised.value) is ValueError
@@ -163,15 +177,10 @@ def test_errors_are_those_of_the_ranks_and_a_dead_rank_is_named(opener, tmp_path
     assert type(stopped.value) is FloatingPointError and "Traceback" not in str(stopped.value)
     assert learner.fingerprint() == before, "after errors of all ranks they are still together"
 
-    pid = learner.cluster.places[learner.actors[1]._actor_id.hex()].pid
-    with pytest.raises(EngineFailed, match=rf"^learner rank 1 \(process {pid} on .*the learner to update"):
-        learner.update(batch(), Broken(how="die"))
-    with pytest.raises(EngineFailed, match=f"cannot save: .*process {pid}"):
-        learner.save(tmp_path)
 
-
+@pytest.mark.full
 def test_ranks_that_are_apart_are_not_waited_for_again(opener):
-    learner = opener(zero_stage=2)
+    learner = opener()
     with pytest.raises(ValueError, match="^only here$"):
         learner.update(batch(), Broken(how="alone"))
     with pytest.raises(EngineFailed, match="cannot fingerprint: its ranks are no longer together since.*only here"):
@@ -180,8 +189,8 @@ def test_ranks_that_are_apart_are_not_waited_for_again(opener):
     learner.close()
 
 
-def test_a_wait_can_be_given_up_and_the_next_call_is_answered(opener):
-    learner, expected = opener(zero_stage=2), embedded()
+def test_a_wait_can_be_given_up_and_the_next_call_is_answered(learner):
+    expected = embedded()
 
     class Enough(Exception):
         """What a stop raises."""
@@ -198,6 +207,15 @@ def test_a_wait_can_be_given_up_and_the_next_call_is_answered(opener):
     learner.site = site
     for name, tensor in whole(learner).items():
         torch.testing.assert_close(tensor, expected.module.state_dict()[name], rtol=0, atol=1e-2)
+
+
+def test_a_dead_rank_is_named_and_nothing_is_tried_again(learner, tmp_path):
+    """The last test of this learner."""
+    pid = learner.cluster.places[learner.actors[1]._actor_id.hex()].pid
+    with pytest.raises(EngineFailed, match=rf"^learner rank 1 \(process {pid} on .*the learner to update"):
+        learner.update(batch(), Broken(how="die"))
+    with pytest.raises(EngineFailed, match=f"cannot save: .*process {pid}"):
+        learner.save(tmp_path)
 
 
 def test_it_needs_a_cluster():
