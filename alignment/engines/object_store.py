@@ -153,7 +153,7 @@ class ObjectStoreTransport:
                 if self.sampler.check():  # all engines live: it is something else
                     raise
                 continue
-            self.sampler.updated(Update(version, tuple(kept)))
+            self.sampler.keep(Update(version, tuple(kept)))
             self.last = published.sent
             return published.metrics
 

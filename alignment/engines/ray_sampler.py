@@ -87,10 +87,16 @@ class RaySampler:
         self.sleeps = config.sleep
         self.spec = EngineSpec.of(site, config)
         self.router = Router((), config.max_num_seqs)
+        self.version: int | None = None
+        """Of the policy that samples; None before the first update."""
         self.latest: Update | None = None
         """What a new engine catches up with, where the transport keeps it."""
+        self._updating: list[_Engine] = []
+        """Those that took part in the last update."""
         self.endings: list[str] = []
         """How engines ended that had to be replaced."""
+        self._early: list[Completion] = []
+        """Completions that were met while looking after something else."""
         actors = self.cluster.engine_actors(RolloutEngine, config.engines, self.spec, concurrency=CALLS)
         self.engines = {index: _Engine(index, actor) for index, actor in enumerate(actors)}
         for engine in self.engines.values():
@@ -116,8 +122,9 @@ class RaySampler:
             FloatingPointError: The model's logits are not finite.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if not self.router.pending:
-            return self._look(0.0)
+        if self._early or not self.router.pending:
+            early, self._early = self._early, []
+            return early + self._look(0.0)
         while True:
             left_s = POLL_S if deadline is None else min(POLL_S, max(0.0, deadline - time.monotonic()))
             completions = self._look(left_s)
@@ -128,6 +135,7 @@ class RaySampler:
 
     def abort(self, ids: Collection[str]) -> None:
         """Forgets requests: no completion comes for them. Unknown ids are ignored."""
+        self._early = [completion for completion in self._early if completion.id not in ids]
         for index, running in self.router.abort(ids).items():
             self.engines[index].actor.abort.remote(running)  # pyright: ignore[reportArgumentType]
         self._dispatch()
@@ -144,18 +152,27 @@ class RaySampler:
     # For transports
 
     def peers(self) -> list[EnginePeer]:
-        """The engines that serve, for a transport."""
-        return [EnginePeer(e.actor, self.cluster.name_of(e.actor)) for e in self.engines.values() if e.take is not None]
+        """The engines that can be updated, for a transport."""
+        self._updating = [engine for engine in self.engines.values() if engine.take is not None]
+        return [EnginePeer(e.actor, self.cluster.name_of(e.actor)) for e in self._updating]
 
     def check(self) -> bool:
         """Looks after engines that died or are stuck; whether all that served still do."""
         before = len(self.endings)
-        self._watch()
+        self._early += self._look(0.0)
         return len(self.endings) == before
 
-    def updated(self, update: Update) -> None:
-        """All peers have these weights now; what starts from now on catches up with them."""
+    def keep(self, update: Update) -> None:
+        """What starts from now on catches up with this update, until the next."""
         self.latest = update
+
+    def published(self, version: int) -> None:
+        """All that :meth:`peers` named last have policy ``version`` now. Those that waited for weights serve."""
+        self.version = version
+        for engine in self._updating:
+            if engine is self.engines.get(engine.index) and engine.index not in self.router.loads:
+                self.router.join(engine.index)
+        self._dispatch()
 
     def sleep(self) -> None:
         """Every engine gives up the memory of its GPU."""
@@ -180,7 +197,7 @@ class RaySampler:
         """Completions that are there within ``timeout_s``, and a look after engines that are not."""
         takes = {e.take: e for e in self.engines.values() if e.take is not None}
         others = [r for e in self.engines.values() for r in (e.ready, e.catching_up and e.catching_up[1]) if r]
-        if not takes and not others:
+        if not others and self.router.pending and not self.router.loads:
             self._give_up()
         ready, _ = ray.wait([*takes, *others], num_returns=1, timeout=timeout_s)
         if len(takes) > 1 and ready:
@@ -240,18 +257,24 @@ class RaySampler:
         if engine.ready is not None:
             if not ray.wait([engine.ready], timeout=0)[0]:
                 return
-            self.cluster.await_ready([engine.actor], "an engine to take the place of another")
+            try:
+                self.cluster.await_ready([engine.actor], "an engine to take the place of another")
+            except EngineFailed as error:
+                self._replace(engine, f"could not start: {error}")
+                return
             engine.ready = None
         elif engine.catching_up is not None:
             version, ref = engine.catching_up
             if not ray.wait([ref], timeout=0)[0]:
                 return
             ray.get(ref)
-            if self.latest is not None and self.latest.version == version:
+            if self.version == version:
                 self._serve(engine)
                 return
-        if self.latest is None:  # nothing was published yet: it comes with the first update
+        if self.version is None:  # nothing was published yet
             self._serve(engine)
+        elif self.latest is None or self.latest.version != self.version:
+            self._listen(engine)  # the transport keeps no weights: it gets those of the next update
         else:
             caught_up = engine.actor.catch_up.remote(self.latest.version, list(self.latest.buckets))
             engine.catching_up = self.latest.version, caught_up
@@ -280,7 +303,11 @@ class RaySampler:
 
     def _give_up(self) -> None:
         ends = "; ".join(self.endings)
-        raise EngineFailed(f"no rollout engine is left (max_restarts: {self.config.max_restarts}): {ends}")
+        if self.engines:
+            left = "no rollout engine has weights to go on with, and this transport brings them with the next update"
+        else:
+            left = f"no rollout engine is left (max_restarts: {self.config.max_restarts})"
+        raise EngineFailed(f"{left}: {ends}")
 
 
 def _sleep(engine: Any) -> None:
