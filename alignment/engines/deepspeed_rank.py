@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from alignment.engines.deepspeed_backend import ZeroBackend
@@ -87,6 +85,8 @@ class DeepSpeedRank(PolicyLearner):
 
     @torch.no_grad()
     def _adapter(self) -> Iterator[tuple[str, Tensor]]:
+        from peft import get_peft_model_state_dict
+
         module: Any = self.module
         parameters = dict(module.named_parameters())
         # It only chooses and renames, so that the weights may be in parts.
@@ -99,7 +99,7 @@ class DeepSpeedRank(PolicyLearner):
     def _whole(self) -> Iterator[tuple[str, Tensor]]:
         module: Any = self.module
         base = module.get_base_model() if self.has_adapter else module
-        layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+        layers: dict[str, Any] = {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
         adapters = tuple(f"{name}.lora_" for name in layers)
         for name, tensor in weights_of(base).items():
             if name.startswith(adapters):
