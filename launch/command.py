@@ -50,12 +50,11 @@ def launch(
     if joins:  # the cluster that the launcher starts or names, in place of a private one
         for_recipe += [f"stages.{index}.cluster.address=auto" for index in ray_stages]
         load(recipes, for_recipe)
-    output = Path(recipe.run.output).resolve()
     job = Job(
         name=recipe.run.name,
         command=_train(recipes, for_recipe),
         workdir=Path.cwd(),
-        folder=next_folder(output, recipe.run.name),
+        folder=next_folder(Path(recipe.run.output).resolve(), recipe.run.name),
         uses_ray=joins,
         wait=wait,
     )
