@@ -132,6 +132,7 @@ class _Update:
             if not info.can_load():
                 continue
             total = info.load_numel_total
+            assert total is not None, "a layer that can load knows how much"
             if isinstance(layer, VocabParallelEmbedding):  # rows that only fill up are not sent
                 total = layer.shard_indices.num_org_elements * layer.embedding_dim
             if 0 < info.load_numel < total:
