@@ -46,7 +46,7 @@ class Training:
     @classmethod
     def of(cls, learner: Any, model: ModelConfig) -> Self:
         """What the options of a learner say; those that it lacks are as in one process."""
-        dtype = getattr(learner, "dtype", model.dtype)
+        dtype: Precision = getattr(learner, "dtype", model.dtype)
         mixed = dtype == "float32" and getattr(learner, "autocast", "none") == "bfloat16"
         return cls(
             precision="autocast" if mixed else dtype,

@@ -147,7 +147,8 @@ def test_its_algorithm_takes_a_step(name, tmp_path):
 def test_tinas_format_is_the_end_of_the_reasoning_once():
     spec = next(spec for spec in load([path("tina_1.5b_lora")]).reward_specs if spec.column == "format")
     texts = ["a\n</think>\nb", "a</think>b", "a\n</think>\nb\n</think>\nc", "\n</think>\n"]
-    assert [score for score in spec.function([""] * 4, texts)] == [1.0, 0.0, 0.0, 1.0]  # pyright: ignore
+    scores = spec.function([""] * 4, texts)  # pyright: ignore
+    assert [score.value for score in scores] == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_the_penalty_of_dapo_begins_where_the_paper_says():

@@ -84,7 +84,7 @@ def test_told_to_stop_it_saves_and_is_queued_again_and_goes_on_and_ends_with_zer
     assert "queued again; it goes on from the last completed step" in log
     assert_nothing_is_left(slurm)
     for name in ("n1", "n2"):
-        assert "align-" not in slurm.run("ls", "/tmp", on=name).stdout
+        assert f"align-{number}" not in slurm.run("ls", "/tmp", on=name).stdout.split()
 
 
 def where_it_shows(slurm: SlurmCluster, secret: str, token: Path) -> list[str]:
