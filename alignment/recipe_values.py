@@ -32,7 +32,7 @@ def plain_values(value: Any) -> Any:
 
 _MAY_CHANGE = re.compile(
     r"run\.(save_every|rollouts_every|keep_last|flight_steps|sinks(\..+)?)|evaluation\.every|scoring\.workers"
-    r"|stages\.\d+\.(steps|cluster(\..+)?)"
+    r"|stages\.\d+\.(steps|cluster(\..+)?|learner\.(ranks|zero_stage|timeout_s))"
 )
 _IDENTITY = ("run.name", "run.output")
 """Where a run is, which its folder says already: a run that was moved or renamed is the same run."""
@@ -43,8 +43,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
 
     Returns:
         ``(dotted path, old value, new value, whether a run may continue with it)``; None where a side has no value.
-        Steps, cadences, sinks, the cluster and the number of scoring workers may change. Where the run is written is
-        no difference.
+        Steps, cadences, sinks, the cluster, how the learner is spread over processes, and the number of scoring
+        workers may change. Where the run is written is no difference.
     """
     before, after = dict(_leaves(old, "")), dict(_leaves(new, ""))
     paths = [path for path in dict.fromkeys([*before, *after]) if path not in _IDENTITY]

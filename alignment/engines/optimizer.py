@@ -120,6 +120,11 @@ class AdamW:
 
     def restore(self, stem: Path, steps: int) -> None:
         path = stem.with_suffix(".safetensors")
+        if not path.is_file():
+            raise UserError(
+                f"{path.parent} has no moments that this learner reads ({path.name}): another learner wrote it. Go on"
+                " with that one, or start a new run from its weights"
+            )
         state: dict[nn.Parameter, dict[str, Tensor]] = {}
         for full_name, value in read_tensors(path).items():
             name, _, key = full_name.rpartition(".")

@@ -191,6 +191,16 @@ def run(
     return result
 
 
+def copy(kind: str, load: Path, save: Path, **options: Any) -> str:
+    """Restores and saves again; the fingerprint."""
+    learner = rank_of(kind, reference=True, **options)
+    learner.restore(load)
+    learner.save(save)
+    found = learner.fingerprint()
+    learner.close()
+    return found
+
+
 def publish(kind: str, form: str, bucket_bytes: int, **options: Any) -> list[dict[str, np.ndarray]]:
     """The buckets of the weights after an update."""
     learner = rank_of(kind, **options)
