@@ -24,7 +24,7 @@ from typing import Any
 import harness
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("grpo_vs_trl", "logprobs", "long_tailed", "controller", "gpu")
+NAMES = ("grpo_vs_trl", "logprobs", "long_tailed", "controller", "vllm_throughput", "transport", "gpu")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
