@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,3 +26,12 @@ def test_the_runner_keeps_what_a_benchmark_measured_and_the_report_shows_it(tmp_
     assert any(isinstance(value, float) and value > 0 for value in per_rollout)
     page = run("benchmarks/report.py", out).stdout
     assert found["title"] in page and "these numbers show that the benchmarks work, nothing else" in page
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["vllm_throughput", "transport"])
+def test_the_benchmarks_of_the_real_engines_run(name, tmp_path):
+    out = tmp_path / "results.json"
+    done = run("benchmarks/run.py", "--quick", "--only", name, "--threads", 1, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(out.read_text())["benchmarks"][name]["tables"]
