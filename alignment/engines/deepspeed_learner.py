@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from alignment.engines.config import Site
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
-from alignment.engines.outgoing import Form
-from alignment.engines.packed import Packed, pack
 from alignment.errors import EngineFailed, UserError
 from alignment.origin import Origin
 from alignment.types import Batch
@@ -42,7 +40,6 @@ class LearnerRank:
     ) -> None:
         self.origin, self.config, self.arguments = origin, config, (total_updates, seed, reference)
         self.learner: Any = None
-        self.buckets: Iterator[dict[str, Tensor]] = iter(())
 
     def start(self) -> frozenset[str]:
         """Meets the other ranks and makes the model; what the learner needs annotated."""
@@ -68,15 +65,6 @@ class LearnerRank:
     def ask(self, method: str, *args: Any) -> Any:
         """What the learner's ``method`` returns."""
         return getattr(self.learner, method)(*args)
-
-    def bucket(self, bucket_bytes: int, form: Form, first: bool) -> tuple[list[str] | None, Packed | None]:
-        """Names of the next bucket's tensors, None after the last; and the bucket, from the first rank alone."""
-        if first:
-            self.buckets = self.learner.weights(bucket_bytes, form)
-        bucket = next(self.buckets, None)
-        if bucket is None:
-            return None, None
-        return list(bucket), None if self.learner.backend.share.rank else pack(bucket)
 
     def release(self) -> None:
         """Gives memory of the GPU that is cached and not used back."""
@@ -181,31 +169,8 @@ class DeepSpeedLearner:
         return self._ask("fingerprint")[0]
 
     def peers(self) -> list[RankPeer]:
-        """The ranks, for a transport."""
+        """The ranks, for a transport, which takes their weights from all of them together."""
         return [RankPeer(actor, self.cluster.name_of(actor)) for actor in self.actors]
-
-    def weight_buckets(self, bucket_bytes: int, form: Form = "merged") -> Iterator[Any]:
-        """The policy's weights as they are now, one bucket after the other, as references into Ray's object store.
-
-        Each is to what :func:`alignment.engines.packed.unpack` takes. The next bucket is gathered while one is used.
-
-        Args:
-            bucket_bytes: Of the tensors of a bucket together; a larger tensor comes alone.
-            form: Whole weights by their names in transformers, an adapter added to them; or the adapter alone, by its
-                names in peft.
-
-        Raises:
-            ValueError: There is no adapter to send.
-        """
-        coming = self._buckets(bucket_bytes, form, True)
-        while self._wait([names for names, _ in coming], "gather weights")[0] is not None:
-            bucket = coming[0][1]
-            coming = self._buckets(bucket_bytes, form, False)
-            yield bucket
-
-    def _buckets(self, bucket_bytes: int, form: Form, first: bool) -> list[Any]:
-        self._check("gather weights")
-        return [actor.bucket.options(num_returns=2).remote(bucket_bytes, form, first) for actor in self.actors]
 
     def release(self) -> None:
         """Ranks give memory of their GPUs that they have cached and do not use back."""

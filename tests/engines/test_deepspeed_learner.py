@@ -18,9 +18,11 @@ from alignment.engines.config import Site
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_learner import DeepSpeedLearner
 from alignment.engines.learner_config import Learner, TorchLearnerConfig
+from alignment.engines.object_store import finish_buckets, forget_buckets, put_bucket
 from alignment.engines.packed import pack, unpack
 from alignment.engines.ray_config import RayClusterConfig
 from alignment.engines.torch_learner import TorchLearner
+from alignment.engines.transport_ends import MEBI
 from alignment.errors import EngineFailed, UserError
 from alignment.origin import Origin
 from alignment.recipe_sections import ModelConfig
@@ -101,10 +103,22 @@ def embedded() -> TorchLearner:
     return TorchLearner(Origin(MODEL, seed=1).make().module, config, 50, 7, reference=True)
 
 
+def next_bucket(learner: DeepSpeedLearner, bucket_bytes: int, form: Any = "merged") -> dict[str, torch.Tensor] | None:
+    """As the transport through the object store takes it: from all ranks together, put by the first."""
+    peers, size_mb = learner.peers(), bucket_bytes / MEBI
+    answers = [peer.call(put_bucket, rank == 0, size_mb, form) for rank, peer in enumerate(peers)]
+    first, *others = [answer.result(60) for answer in answers]
+    assert others == [None]
+    return None if first is None else unpack(ray.get(first.bucket))
+
+
 def whole(learner: DeepSpeedLearner, bucket_bytes: int = 2000) -> dict[str, torch.Tensor]:
-    buckets = [unpack(ray.get(ref)) for ref in learner.weight_buckets(bucket_bytes)]
-    assert len(buckets) > 3 and sum(map(len, buckets)) == len({name for bucket in buckets for name in bucket})
-    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket.items()}
+    found: list[dict[str, torch.Tensor]] = []
+    while (bucket := next_bucket(learner, bucket_bytes)) is not None:
+        found.append({name: tensor.clone() for name, tensor in bucket.items()})
+    sent = [peer.call(finish_buckets, 3) for peer in learner.peers()][0].result(60)
+    assert len(found) > 3 and sent.version == 3 and sent.tensors == sum(map(len, found))
+    return {name: tensor for bucket in found for name, tensor in bucket.items()}
 
 
 def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
@@ -127,7 +141,9 @@ def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
     for name, tensor in dict(torch_learner.module.named_parameters()).items():
         torch.testing.assert_close(sent[name], tensor.detach(), rtol=0, atol=1e-3)
     with pytest.raises(ValueError, match="^the model has no LoRA adapter to send"):
-        list(learner.weight_buckets(1000, "adapter"))
+        next_bucket(learner, 1000, "adapter")
+    for peer in learner.peers():
+        peer.call(forget_buckets)
 
     learner.save(tmp_path / "saved")
     before = learner.fingerprint()
@@ -149,10 +165,10 @@ def test_transports_reach_every_rank(learner):
     error = refused.exception(60)
     assert type(error) is UserError and str(error) == "this rank does not"
     first = whole(learner)
-    again = learner.weight_buckets(2000)
-    next(again)
-    again.close()  # given up half way
-    second = whole(learner, 10**9 // 400_000)
+    next_bucket(learner, 2000)
+    for peer in peers:
+        peer.call(forget_buckets)  # given up half way
+    second = whole(learner, 2500)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
