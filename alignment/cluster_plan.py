@@ -135,12 +135,13 @@ class StageOnCluster:
 
 def counted(number: float, noun: str) -> str:
     """A number with its noun."""
-    return f"{number:,g} {noun}{'' if number == 1 else 's'}"
+    told = f"{int(number):,}" if number == int(number) else f"{number:g}"
+    return f"{told} {noun}{'' if number == 1 else 's'}"
 
 
 def gib(amount: float) -> str:
-    """Bytes in words."""
-    return f"{amount / GIB:.1f} GiB"
+    """Bytes in words; what would round to nothing in MiB."""
+    return f"{amount / GIB:.1f} GiB" if abs(amount) >= 0.05 * GIB else f"{amount / 2**20:.1f} MiB"
 
 
 def needs_of(stage: Any) -> Needs:

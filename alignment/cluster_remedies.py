@@ -48,9 +48,11 @@ class _Change:
             return None
         return stage.model_copy(update={self.part: changed})
 
-    def __str__(self) -> str:
-        values = [(name, json.dumps(value).strip('"')) for name, value in self.options.items()]
-        return ", ".join(f"{self.part}.{name}: {value}" for name, value in values)
+    def told(self, stage: Any) -> str:
+        """What is to be written into the recipe; nothing of what is there already."""
+        component = getattr(stage, self.part)
+        values = [(name, value) for name, value in self.options.items() if getattr(component, name) != value]
+        return ", ".join(f"{self.part}.{name}: {json.dumps(value).strip(chr(34))}" for name, value in values)
 
 
 def planned(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOnCluster:
@@ -78,11 +80,11 @@ def _remedies(stage: Any, load: Load, hardware: Hardware) -> Iterator[str]:
             together.append(change)
     if alone:
         first = {(change.part, *change.options): change for change in reversed(alone)}  # of several values of an option
-        told = [str(change) for change in alone if change in first.values()][:SUGGESTED]
+        told = list(dict.fromkeys(change.told(stage) for change in alone if change in first.values()))[:SUGGESTED]
         yield ("this would do: " if len(told) == 1 else "any one of these would do: ") + "; ".join(told)
     elif lack == NOTHING:
         last = {(change.part, *change.options): change for change in together}  # of several values of an option
-        yield "these would do together: " + "; ".join(map(str, last.values()))
+        yield "these would do together: " + "; ".join(filter(None, (change.told(stage) for change in last.values())))
     else:
         yield from _hardware(stage, load, hardware)
 
@@ -121,6 +123,12 @@ def _changes(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
     left = total if needs.colocated else total - needs.learner_ranks
     if needs.engines and not is_local(stage) and (engines := left // needs.tensor_parallel) > 0:
         yield _Change("sampler", {"engines": engines})
+    if needs.engines and not needs.colocated and needs.devices > total:  # fewer of both
+        engines = max(1, needs.engines * total // needs.devices)
+        yield _Change("sampler", {"engines": engines})
+        left = total - engines * needs.tensor_parallel
+        if sizes := [n for n in range(1, left + 1) if load.minibatch_rows % n == 0]:
+            yield _Change("learner", {"ranks": sizes[-1]})
     if needs.colocated:
         yield _Change("cluster", {"placement": "separate"})
     elif getattr(sampler, "sleep", False) and not getattr(stage, "max_staleness", 0):

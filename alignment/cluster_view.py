@@ -52,7 +52,8 @@ def _table(stage: StageOnCluster, hardware: Hardware) -> Table:
         cache = stage.cache
         held = f"{cache.tokens:,} tokens an engine: {counted(cache.sequences, 'row')} of the greatest length at once"
         table.add_row("cache", f"{held}, of {cache.wanted:,} that it gets")
-    table.add_row("host memory", f"{gib(stage.host_bytes)} on the node with most learner ranks")
+    if stage.host_bytes:
+        table.add_row("host memory", f"{gib(stage.host_bytes)} on the node with most learner ranks")
     return table
 
 

@@ -22,7 +22,12 @@ worker)
     fi
     sleep 0.5
   done
-  "${start[@]}" --address="$RAY_ADDRESS"
+  tries=1
+  until "${start[@]}" --address="$RAY_ADDRESS"; do # Ray gives up after 30 s, which a busy node can take
+    code=$?
+    if [ "$tries" = 3 ] || [ "$SECONDS" -gt "$nodes_s" ]; then exit "$code"; fi
+    tries=$((tries + 1))
+  done
   ;;
 driver)
   echo $$ >"$folder/driver.pid"
