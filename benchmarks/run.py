@@ -24,7 +24,17 @@ from typing import Any
 import harness
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("grpo_vs_trl", "logprobs", "long_tailed", "controller", "vllm_throughput", "transport", "gpu")
+NAMES = (
+    "grpo_vs_trl",
+    "logprobs",
+    "long_tailed",
+    "controller",
+    "vllm_throughput",
+    "transport",
+    "asynchronous",
+    "simulate",
+    "gpu",
+)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
