@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +106,18 @@ def newest(run: str) -> Path:
     return checkpoints / (checkpoints / "LATEST").read_text().strip()
 
 
-def started(live_ray, folder: Path, change: dict[str, Any]) -> subprocess.Popen[str]:
+@contextmanager
+def started(live_ray, folder: Path, change: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
     """``align train`` as a process of its own, on the cluster that is up."""
     recipe = write(folder, merged(change, {"stages": {1: {"cluster": {"name": "ray", "address": live_ray.address}}}}))
     env = {**live_ray.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "alignment", "train", str(recipe)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -121,10 +129,15 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(process.communicate()[0])
 
 
-def actors_of(kind: str) -> set[int]:
-    """Processes of Ray that serve an actor of this class."""
-    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    return {int(line.split()[0]) for line in found.splitlines() if f"ray::{kind}" in line}
+def actors_of(live_ray, kind: str) -> set[int]:
+    """Processes of this cluster that serve an actor of this class."""
+    listed = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+    processes = [(int(pid), int(parent), args) for pid, parent, args in (line.split(None, 2) for line in listed)]
+    folder = str(live_ray.session.folder)
+    ours = {pid for pid, _, args in processes if "raylet/raylet" in args and folder in args}
+    while more := {pid for pid, parent, _ in processes if parent in ours} - ours:
+        ours |= more
+    return {pid for pid, _, args in processes if pid in ours and args.startswith(f"ray::{kind}")}
 
 
 LONG = merged(CLUSTER, {"run": {"name": "faults", "save_every": 1}, "stages": {1: {"steps": 400}}})
@@ -132,47 +145,46 @@ LONG = merged(CLUSTER, {"run": {"name": "faults", "save_every": 1}, "stages": {1
 
 
 def test_sigterm_saves_the_last_completed_step_and_leaves_no_process(live_ray, tmp_path):
-    before = actors_of("RolloutEngine") | actors_of("LearnerRank")
-    process = started(live_ray, tmp_path, LONG)
     run = tmp_path / "runs/faults"
-    wait_for_step(run, 6, process)
-    mine = (actors_of("RolloutEngine") | actors_of("LearnerRank")) - before
-    assert len(mine) == 3, "an engine and two ranks"
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
+    with started(live_ray, tmp_path, LONG) as process:
+        wait_for_step(run, 6, process)
+        mine = actors_of(live_ray, "RolloutEngine") | actors_of(live_ray, "LearnerRank")
+        assert len(mine) == 3, "an engine and two ranks"
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=300)
     assert process.returncode == 75, out
     assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
     assert verify(newest(str(run))) == []
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert Checkpoints(run / "checkpoints").steps()[-1] == max(steps)
-    wait_until(lambda: not mine & (actors_of("RolloutEngine") | actors_of("LearnerRank")))
+    wait_until(lambda: not mine & (actors_of(live_ray, "RolloutEngine") | actors_of(live_ray, "LearnerRank")))
 
 
 def test_a_dead_rank_ends_the_run_by_name_and_the_same_command_goes_on(live_ray, tmp_path):
-    before = actors_of("LearnerRank")
-    process = started(live_ray, tmp_path, LONG)
     run = tmp_path / "runs/faults"
-    wait_for_step(run, 6, process)
-    os.kill(max(actors_of("LearnerRank") - before), signal.SIGKILL)
-    out, _ = process.communicate(timeout=180)
+    with started(live_ray, tmp_path, LONG) as process:
+        wait_for_step(run, 6, process)
+        os.kill(max(actors_of(live_ray, "LearnerRank")), signal.SIGKILL)
+        out, _ = process.communicate(timeout=300)
     assert process.returncode == 2, out
     assert "learner rank" in out and "Traceback" not in out
     saved = Checkpoints(run / "checkpoints").latest(print)
     assert saved is not None and saved.step >= 5, "each step was saved"
-    again = started(live_ray, tmp_path, merged(LONG, {"stages": {1: {"steps": saved.step + 1 - 3}}}))
-    out, _ = again.communicate(timeout=180)
+    with started(live_ray, tmp_path, merged(LONG, {"stages": {1: {"steps": saved.step + 1 - 3}}})) as again:
+        out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
     assert set(Ledger(run / "ledger.jsonl").fates().values()) == {"trained"}
 
 
 def test_a_rollout_engine_that_is_killed_costs_nothing_but_time(live_ray, tmp_path):
-    before = actors_of("RolloutEngine")
-    process = started(live_ray, tmp_path, merged(LONG, {"stages": {1: {"steps": 30}}, "run": {"save_every": 0}}))
     run = tmp_path / "runs/faults"
-    wait_for_step(run, 6, process)
-    os.kill(max(actors_of("RolloutEngine") - before), signal.SIGKILL)
-    out, _ = process.communicate(timeout=300)
+    change = {"stages": {1: {"steps": 30}}, "run": {"save_every": 0}}
+    with started(live_ray, tmp_path, merged(LONG, change)) as process:
+        wait_for_step(run, 6, process)
+        os.kill(max(actors_of(live_ray, "RolloutEngine")), signal.SIGKILL)
+        out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
+    assert "another one takes its place" in out
     assert Ledger(run / "ledger.jsonl").fates() == dict.fromkeys(range(30 * 4), "trained")
 
 
