@@ -1,25 +1,28 @@
 """A real Slurm of two nodes that share nothing but the folder of runs; see ``slurm_cluster``.
 
-The jobs run a small Ray program; the last test a recipe.
+One job is the quickstart on the real engines, shrunk; the others run a small Ray program.
 """
 
 import json
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
+from alignment.ledger import Ledger
 from launch.plan import Job
 from launch.slurm import render_slurm
-from launch.spec import ClusterSpec, Deadlines
+from launch.spec import ClusterSpec, Deadlines, Slurm
 from tests.launch.slurm_cluster import SlurmCluster, wait_for
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = str(Path(__file__).with_name("ray_program.py"))
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def two_nodes(**changes) -> ClusterSpec:
-    given = {"nodes": 2, "cpus_per_node": 4, "deadlines": Deadlines(nodes_s=90, head_lost_s=10)}
+    given = {"nodes": 2, "cpus_per_node": 4, "deadlines": Deadlines(nodes_s=300, head_lost_s=10)}
     return ClusterSpec(**{**given, **changes})
 
 
@@ -66,13 +69,11 @@ def test_actors_on_both_nodes_and_an_exit_code_other_than_zero(slurm, tmp_path_f
     assert_nothing_is_left(slurm)
 
 
+@pytest.mark.full
 def test_told_to_stop_it_saves_and_is_queued_again_and_goes_on_and_ends_with_zero(slurm):
     folder, step = slurm.shared / "steps", slurm.shared / "step"
     number = submit(slurm, folder, two_nodes(), "steps", str(slurm.shared))
     wait_for(step.exists, lambda: f"the first step\n{slurm.logs()}", 120)
-    (token,) = folder.glob("token.*")
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
-    assert not where_it_shows(slurm, token.read_text(), token)
     slurm.run("scancel", "--batch", "--signal=TERM", str(number))
     assert slurm.wait_job(number, ("PENDING",))["Restarts"] == "1", slurm.logs()
     state = json.loads((slurm.shared / "state.json").read_text())
@@ -81,10 +82,7 @@ def test_told_to_stop_it_saves_and_is_queued_again_and_goes_on_and_ends_with_zer
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
     again = json.loads((slurm.shared / "state.json").read_text())
     assert again == {"step": state["step"] + 3, "started_at": [0, state["step"]]}
-    assert "queued again; it goes on from the last completed step" in log
     assert_nothing_is_left(slurm)
-    for name in ("n1", "n2"):
-        assert f"align-{number}" not in slurm.run("ls", "/tmp", on=name).stdout.split()
 
 
 def where_it_shows(slurm: SlurmCluster, secret: str, token: Path) -> list[str]:
@@ -126,6 +124,60 @@ def test_a_job_that_is_cancelled_is_not_queued_again(slurm):
     assert slurm.job(number)["JobState"] == "CANCELLED"
 
 
+RL_STEPS = 16
+SMALL = {
+    "model.build": "{hidden_size: 64, layers: 2, heads: 2, kv_heads: 2, intermediate_size: 64}",
+    "data.eval.size": 8,
+    "rewards": '[{name: format, pattern: "[0-4].*"}]',  # one that an untrained model sometimes earns
+    "stages.1.curricula": "[uniform]",
+    "stages.0.steps": 2,
+    "stages.0.batch_size": 4,
+    "stages.1.steps": RL_STEPS,
+    "stages.1.prompts_per_step": 4,
+    "stages.1.group_size": 4,
+    "stages.1.sampler.engines": 2,
+    "cluster.nodes": 2,
+    "cluster.cpus_per_node": 2,  # an engine each, and then one core each is left for a rank
+}
+
+
+def test_the_recipe_of_the_real_engines_on_two_nodes_stopped_and_queued_again(slurm):
+    sets = [f"--set={key}={value}" for key, value in {**SMALL, "run.output": slurm.shared / "runs"}.items()]
+    recipe = ROOT / "recipes/quickstart_cluster.yaml"
+    slurm.run(sys.executable, "-m", "alignment", "launch", recipe, "--on", "slurm", *sets, timeout_s=120)
+    run, folder = slurm.shared / "runs/quickstart-cluster", slurm.shared / "runs/quickstart-cluster.launch/1"
+    (number,) = map(int, slurm.run("squeue", "--noheader", "--format=%i").stdout.split())
+
+    def steps() -> list[int]:
+        path = run / "metrics.jsonl"
+        found = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+        return [line["step"] for line in found if line["kind"] == "train" and line["stage"] == "rl"]
+
+    wait_for(lambda: len(steps()) > 3 or slurm.job(number)["JobState"] in ENDED, slurm.logs, 400)
+    assert slurm.job(number)["JobState"] == "RUNNING", slurm.logs()
+    for name in ("n1", "n2"):
+        actors = [process for process in slurm.machines[name].processes() if process.startswith("ray::")]
+        assert sum("RolloutEngine" in actor for actor in actors) == 1, (name, actors)
+        assert sum("LearnerRank" in actor for actor in actors) == 1, (name, actors)
+    (token,) = folder.glob("token.*")
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
+    assert not where_it_shows(slurm, token.read_text(), token)
+    slurm.run("scancel", "--batch", "--signal=TERM", str(number))
+    assert slurm.wait_job(number, ("PENDING",), 200)["Restarts"] == "1", slurm.logs()
+    done = steps()
+    assert done == list(range(3, 3 + len(done))) and len(done) < RL_STEPS
+    job = slurm.wait_job(number, ENDED, 400)
+    log = (folder / "job.log").read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
+    assert f"resumed from step {done[-1]}" in log and "queued again; it goes on from the last completed step" in log
+    assert steps() == list(range(3, 3 + RL_STEPS)), "none was lost or done twice"
+    assert json.loads((run / "result.json").read_text())["status"] == "complete"
+    assert Ledger(run / "ledger.jsonl").fates() == dict.fromkeys(range(4 * RL_STEPS), "trained")
+    assert_nothing_is_left(slurm)
+    for name in ("n1", "n2"):
+        assert f"align-{number}" not in slurm.run("ls", "/tmp", on=name).stdout.split()
+
+
 @pytest.mark.full
 def test_when_the_head_dies_the_job_ends_and_says_so(slurm):
     folder = slurm.shared / "headless"
@@ -139,4 +191,18 @@ def test_when_the_head_dies_the_job_ends_and_says_so(slurm):
     log = (folder / "job.log").read_text()
     assert job["JobState"] == "FAILED" and job["Restarts"] == "0", log
     assert "Ray's head on n1 has ended" in log
+    assert_nothing_is_left(slurm)
+
+
+@pytest.mark.full  # Slurm counts in minutes
+def test_before_its_time_limit_a_job_saves_and_is_queued_again(slurm):
+    folder = slurm.shared / "limited"
+    until_told = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()"
+    spec = ClusterSpec(cpus_per_node=1, slurm=Slurm(time="2"), deadlines=Deadlines(save_s=60))
+    launch = render_slurm(spec, Job("limited", ("-c", until_told), slurm.shared, folder, uses_ray=False))
+    launch.write()
+    number = int(slurm.run(*launch.command.argv[:-1], "--parsable", launch.command.argv[-1]).stdout)
+    job = slurm.wait_job(number, ("PENDING", *ENDED), 180)
+    assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), (folder / "job.log").read_text()
+    slurm.run("scancel", str(number))
     assert_nothing_is_left(slurm)
