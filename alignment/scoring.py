@@ -111,10 +111,12 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """Ends all worker processes; may be called twice."""
+        """Ends all worker processes, and with them what another thread is scoring; may be called twice."""
         if not self._closed:
             self._closed = True
-            self._pool.close()
+            self._pool.interrupt()
+            with self._lock:
+                self._pool.close()
 
     def check(self, columns: Iterable[str] | None = None, where: str = "the data set") -> None:
         """Waits for the workers to be ready, so that what cannot be imported shows before a run starts.

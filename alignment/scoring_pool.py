@@ -58,6 +58,7 @@ class Pool:
         self._single: deque[Call] = deque()
         self._streaks: dict[int, Streak] = {}
         self._deliver: Callable[[Call, Sequence[Verdict]], None] = lambda call, answer: None
+        self._interrupted = False
 
     def start(self) -> None:
         """Starts the regular workers that are missing, without waiting for them."""
@@ -79,12 +80,14 @@ class Pool:
         """Makes all calls and hands each answer, or failure, to ``deliver`` as it comes, in any order.
 
         Raises:
-            UserError: A worker could not be started.
+            UserError: A worker could not be started, or :meth:`interrupt` was called.
         """
         self._pending, self._deliver = deque(calls), deliver
         try:
             self._poll(0.0)  # a worker may have died since the last run
             while self._pending or self._single or any(w.calls for w in self._workers):
+                if self._interrupted:
+                    raise UserError("scoring was stopped")
                 self._dispatch()
                 self._poll()
                 self._expire()
@@ -93,6 +96,12 @@ class Pool:
             for worker in list(self._workers):
                 if worker.calls or len(self._workers) > self.size:
                     self._drop(worker)
+
+    def interrupt(self) -> None:
+        """Ends a :meth:`run` of another thread soon: it wakes up when its workers die. There is no run after it."""
+        self._interrupted = True
+        for worker in list(self._workers):
+            worker.end()
 
     def close(self) -> None:
         """Kills every worker."""

@@ -113,13 +113,17 @@ class Worker:
 
     def kill(self) -> None:
         """Ends the process and whatever it started; reaps it last, while the group's number is surely its own."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.end()
         self.process.wait()
         self.channel.close()
         if self.lifeline is not None:
             os.close(self.lifeline)
             self.lifeline = None
+
+    def end(self) -> None:
+        """Ends the process and whatever it started, without waiting; may be called from any thread."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def ending(self) -> str:
         """How the process came to its end, once its side of the channel is closed; kills what is left of it."""
