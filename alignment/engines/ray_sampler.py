@@ -32,6 +32,9 @@ POLL_S = 0.1
 CALLS = 8
 """That an actor serves at once, each in a thread: orders, a ``take``, and room for both to overlap."""
 
+TIDY_S = 5.0
+"""How long engines may take to remove what they left on disk."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -141,7 +144,10 @@ class RaySampler:
         self._dispatch()
 
     def close(self) -> None:
-        """Ends all engines; may be called twice."""
+        """Ends all engines, which may tidy up for a moment; may be called twice."""
+        tidied = [e.actor.call.remote(_close) for e in self.engines.values() if e.take is not None]
+        if tidied:
+            ray.wait(tidied, num_returns=len(tidied), timeout=TIDY_S)
         while self.engines:
             self.cluster.kill(self.engines.popitem()[1].actor)
 
@@ -312,6 +318,10 @@ class RaySampler:
 
 def _sleep(engine: Any) -> None:
     engine.sleep()
+
+
+def _close(engine: Any) -> None:
+    engine.close()
 
 
 def _wake(engine: Any, what: Literal["weights", "cache"]) -> None:
