@@ -24,10 +24,11 @@ import torch  # isort: skip
 from torch import Tensor
 
 from alignment.algorithms.algorithm import Algorithm
-from alignment.algorithms.objective import Objective, combine
+from alignment.algorithms.objective import Objective
 from alignment.batching import plan_micro_batches
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.torch_learner import TorchLearner
+from alignment.partition import Share
 from alignment.types import Batch
 
 GROUP_SIZE = 8
@@ -55,18 +56,11 @@ class Sizes:
 QUICK = Sizes(rows=16, longest=64, median_tokens=24, budget=384, vocabulary=64, hidden=32, layers=1, heads=2, rounds=2)
 
 
-class FixedRows(TorchLearner):
-    """A learner whose micro-batches have as many rows as the budget holds of the longest, in the batch's order."""
+class FixedRows(Share):
+    """Micro-batches with as many rows as the budget holds of the longest, in the batch's order."""
 
-    def _backward(self, loss_of: Any, minibatch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        total, sums = torch.zeros(()), dict[str, Tensor]()
-        for rows in fixed_plan(minibatch.length_B, self.config.micro_batch_tokens):
-            with self._attention():
-                loss, parts = loss_of(minibatch.rows(rows))
-            loss.backward()
-            total += loss.detach()
-            sums = combine(sums, parts)
-        return total, sums
+    def micro_batches(self, batch: Batch, max_tokens: int) -> list[tuple[Tensor, Batch]]:
+        return [(rows, batch.rows(rows)) for rows in fixed_plan(batch.length_B, max_tokens)]
 
 
 def fixed_plan(length_B: Tensor, budget: int) -> list[Tensor]:
@@ -122,7 +116,7 @@ def learners(sizes: Sizes, autocast: str) -> dict[str, TorchLearner]:
 
     config: Any = TorchLearnerConfig(lr=1e-4, micro_batch_tokens=sizes.budget, autocast=autocast, device="cpu")  # pyright: ignore[reportArgumentType]
     made = {}
-    for name, kind in (("by tokens", TorchLearner), ("fixed rows", FixedRows)):
+    for name, share in (("by tokens", Share()), ("fixed rows", FixedRows())):
         torch.manual_seed(0)
         shape = LlamaConfig(
             vocab_size=sizes.vocabulary,
@@ -133,7 +127,8 @@ def learners(sizes: Sizes, autocast: str) -> dict[str, TorchLearner]:
             num_key_value_heads=sizes.heads,
             max_position_embeddings=sizes.prompt_tokens + sizes.longest,
         )
-        made[name] = kind(LlamaForCausalLM(shape), config, total_updates=sizes.rounds, seed=0)
+        made[name] = TorchLearner(LlamaForCausalLM(shape), config, total_updates=sizes.rounds, seed=0)
+        made[name].backend.share = share
     return made
 
 

@@ -25,6 +25,7 @@ import harness
 
 HERE = Path(__file__).resolve().parent
 NAMES = (
+    "quickstart",
     "grpo_vs_trl",
     "logprobs",
     "long_tailed",

@@ -6,7 +6,7 @@ and logs are real, and their CPU time is measured. Lengths have a long tail (log
 limit at four times the mean.
 
     python benchmarks/simulate.py
-    python benchmarks/simulate.py --plot utilisation.png      # needs matplotlib
+    python benchmarks/simulate.py --plot utilisation.png
 """
 
 import heapq

@@ -33,8 +33,6 @@ class Engines:
         if self.published == version:
             return {}
         metrics = self.transport.publish(version)
-        if hasattr(self.sampler, "published"):
-            self.sampler.published(version)  # pyright: ignore[reportAttributeAccessIssue]
         self.published = version
         return metrics
 

@@ -129,7 +129,7 @@ class IpcTransport:
 
     Args:
         learner: In this process, or with ``peers()``, one per rank.
-        sampler: With ``peers()``, one per engine that is alive.
+        sampler: A :class:`~alignment.engines.transport_ends.Fleet`.
         config: Options.
 
     Raises:
@@ -160,6 +160,7 @@ class IpcTransport:
         published = update_weights(IpcSender(self.ranks, self.config), targets, version, patience, self.last)
         self.joined, self.last = peers, published.sent
         patience.wait("take lent memory back", [(r.name, r.call(rank_release)) for r in self.ranks])
+        self.sampler.updated(version)
         return published.metrics
 
     def _check(self, peers: Sequence[Peer], patience: Patience) -> None:

@@ -182,7 +182,7 @@ class NcclTransport:
 
     Args:
         learner: In this process, or with ``peers()``, one per rank.
-        sampler: With ``peers()``, one per engine that is alive.
+        sampler: A :class:`~alignment.engines.transport_ends.Fleet`.
         config: Options.
 
     Raises:
@@ -215,6 +215,7 @@ class NcclTransport:
             NcclSender(self.ranks, self.config, meeting), targets, version, patience, self.last
         )
         self.joined, self.last = peers, published.sent
+        self.sampler.updated(version)
         return published.metrics
 
     def _meeting(self, peers: Sequence[Peer], patience: Patience) -> Rendezvous:

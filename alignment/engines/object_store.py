@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import ray
 
 from alignment.engines.packed import pack
-from alignment.engines.ray_sampler import EnginePeer, RaySampler, Update
+from alignment.engines.ray_sampler import EnginePeer, RaySampler
 from alignment.engines.rollout_engine import begin, end, load_packed
 from alignment.engines.transport import Patience, done, update_weights
 from alignment.engines.transport_config import ObjectStoreTransportConfig
@@ -153,7 +153,7 @@ class ObjectStoreTransport:
                 if self.sampler.check():  # all engines live: it is something else
                     raise
                 continue
-            self.sampler.keep(Update(version, tuple(kept)))
+            self.sampler.updated(version, kept)
             self.last = published.sent
             return published.metrics
 

@@ -36,15 +36,6 @@ TIDY_S = 5.0
 """How long engines may take to remove what they left on disk."""
 
 
-@dataclass(frozen=True)
-class Update:
-    """An update of the weights that is over: what a new engine has to catch up with."""
-
-    version: int
-    buckets: tuple[Any, ...]
-    """References to packed buckets."""
-
-
 @dataclass(eq=False)
 class _Engine:
     """One engine in one place. It serves while it has a ``take``."""
@@ -92,8 +83,8 @@ class RaySampler:
         self.router = Router((), config.max_num_seqs)
         self.version: int | None = None
         """Of the policy that samples; None before the first update."""
-        self.latest: Update | None = None
-        """What a new engine catches up with, where the transport keeps it."""
+        self.latest: tuple[Any, ...] = ()
+        """References to packed buckets of its weights, where the transport keeps them."""
         self._updating: list[_Engine] = []
         """Those that took part in the last update."""
         self.endings: list[str] = []
@@ -168,13 +159,15 @@ class RaySampler:
         self._early += self._look(0.0)
         return len(self.endings) == before
 
-    def keep(self, update: Update) -> None:
-        """What starts from now on catches up with this update, until the next."""
-        self.latest = update
+    def updated(self, version: int, buckets: Sequence[Any] = ()) -> None:
+        """All that :meth:`peers` named last have policy ``version`` now. Those that waited for weights serve.
 
-    def published(self, version: int) -> None:
-        """All that :meth:`peers` named last have policy ``version`` now. Those that waited for weights serve."""
-        self.version = version
+        Args:
+            version: Of the policy.
+            buckets: References to packed buckets of all its weights, with which an engine that starts later catches
+                up. Without them such an engine waits for the next update.
+        """
+        self.version, self.latest = version, tuple(buckets)
         for engine in self._updating:
             if engine is self.engines.get(engine.index) and engine.index not in self.router.loads:
                 self.router.join(engine.index)
@@ -279,11 +272,10 @@ class RaySampler:
                 return
         if self.version is None:  # nothing was published yet
             self._serve(engine)
-        elif self.latest is None or self.latest.version != self.version:
+        elif not self.latest:
             self._listen(engine)  # the transport keeps no weights: it gets those of the next update
         else:
-            caught_up = engine.actor.catch_up.remote(self.latest.version, list(self.latest.buckets))
-            engine.catching_up = self.latest.version, caught_up
+            engine.catching_up = self.version, engine.actor.catch_up.remote(self.version, list(self.latest))
 
     def _replace(self, engine: _Engine, why: RayError | str) -> None:
         """Ends an engine for good and starts another in its place.

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
@@ -73,16 +74,10 @@ class RolloutEngine:
     def _work(self) -> None:
         """Orders first; then a step, if there is something to do and weights to do it with."""
         while True:
-            can_step = self.engine.version is not None and not self.engine.asleep and self._failure is None
-            has_work = can_step and bool(self.engine.pending or self.engine.finished)
-            try:
+            with suppress(queue.Empty):
                 while True:
-                    function, args, answer = self._orders.get(block=not has_work)
+                    function, args, answer = self._orders.get(block=not self._has_work())
                     _carry_out(function, self.engine, args, answer)
-                    can_step = self.engine.version is not None and not self.engine.asleep and self._failure is None
-                    has_work = can_step and bool(self.engine.pending or self.engine.finished)
-            except queue.Empty:
-                pass
             try:
                 finished = self.engine.step()
             except Exception as error:
@@ -94,6 +89,11 @@ class RolloutEngine:
                 with self._news:
                     self._finished += finished
                     self._news.notify_all()
+
+    def _has_work(self) -> bool:
+        engine = self.engine
+        able = engine.version is not None and not engine.asleep and self._failure is None
+        return able and bool(engine.pending or engine.finished)
 
 
 def _carry_out(function: Callable[..., Any], engine: Any, args: tuple[Any, ...], answer: Future[Any]) -> None:

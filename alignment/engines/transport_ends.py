@@ -37,6 +37,20 @@ class Peer(Protocol):
         ...
 
 
+class Fleet(Protocol):
+    """A sampler whose engines are other processes."""
+
+    name: str
+
+    def peers(self) -> Sequence[Peer]:
+        """The engines that can be updated."""
+        ...
+
+    def updated(self, version: int) -> None:
+        """All that :meth:`peers` named last have policy ``version`` now, so they can serve."""
+        ...
+
+
 class LocalPeer:
     """This process."""
 

@@ -135,9 +135,13 @@ class Fleet:
 
     def __init__(self, *engines: Any) -> None:
         self.engines = [ThreadPeer(engine, f"vllm engine {i}") for i, engine in enumerate(engines)]
+        self.version: int | None = None
 
     def peers(self) -> list[ThreadPeer]:
         return list(self.engines)
+
+    def updated(self, version: int) -> None:
+        self.version = version
 
     def restart(self) -> None:
         """The same engines, as if in new processes."""

@@ -30,15 +30,9 @@ def engines(count, learner, **options):
     with RayClusterConfig(start_timeout_s=120.0).open(stage, site) as cluster:
         sampler = RaySampler(replace(site, cluster=cluster), config)
         transport = ObjectStoreTransport(learner, sampler, ObjectStoreTransportConfig(bucket_mb=0.01))
-        publish(sampler, transport, 0)
+        transport.publish(0)
         yield sampler, transport
         sampler.close()
-
-
-def publish(sampler, transport, version):
-    metrics = transport.publish(version)
-    sampler.published(version)
-    return metrics
 
 
 def drain(sampler, count, meanwhile=lambda found: None):
@@ -92,7 +86,7 @@ def test_new_weights_come_between_two_tokens_and_aborted_requests_never(two):
     sampler.abort([asked[0].id, asked[7].id])
     for parameter in learner.trained.values():
         parameter.data.add_(0.01)
-    metrics = publish(sampler, transport, 1)
+    metrics = transport.publish(1)
     assert metrics["publish_changed"] == 1 and metrics["publish_buckets"] > 1
     found = drain(sampler, 6)
     assert found.keys() == {r.id for r in asked[1:7]}
