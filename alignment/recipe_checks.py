@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.algorithms.advantages import advantages
 from alignment.algorithms.state import needs_of
+from alignment.engines.config import transports
 from alignment.recipe_tree import Node, Place, Problem, dotted, walk
 from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
 
@@ -29,6 +30,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
         yield from _engines(stage, place)
+        yield from _transport(stage, place)
         if stage.stage == "sft":
             if recipe.data.demonstrations is None:
                 yield Conflict(place, "a stage 'sft' needs data.demonstrations", (("data", "demonstrations"),))
@@ -163,6 +165,55 @@ def _engines(stage: "Stage", place: Place) -> Iterator[Conflict]:
     if getattr(stage.sampler, "needs_module", True) and not getattr(stage.learner, "needs_module", True):
         message = "samples from the weights of a learner in its own process, and this learner is not: use 'vllm'"
         yield Conflict((*place, "sampler"), message, where)
+    if not _has_actors(stage):
+        return
+    if getattr(stage.learner, "needs_module", True) and getattr(stage.cluster, "device", "cpu") != "cpu":
+        message = (
+            "computes in the process of the run, on the first GPU that it sees, and Ray gives the same one to an "
+            "engine: use 'deepspeed', or set cluster.device to 'cpu'"
+        )
+        yield Conflict((*place, "learner"), message, where)
+    if getattr(stage.sampler, "sleep", False) and getattr(stage.cluster, "placement", None) == "separate":
+        message = (
+            "true gives a GPU's memory to a learner that shares it, and with cluster.placement 'separate' none does: "
+            "set it to false, or placement to 'colocated'"
+        )
+        yield Conflict((*place, "sampler", "sleep"), message, where)
+
+
+def _has_actors(stage: "Stage") -> bool:
+    """Whether engines that sample are processes of their own."""
+    return getattr(stage.cluster, "remote", False) and hasattr(stage.sampler, "engines")
+
+
+def _transport(stage: "Stage", place: Place) -> Iterator[Conflict]:
+    """A transport that cannot carry weights between this learner and this sampler; none is one that can."""
+    if stage.transport is None:
+        return
+    name, actors = transports.name_of(stage.transport), _has_actors(stage)
+    shares = getattr(stage.sampler, "needs_module", True)
+    on_gpus = actors and getattr(stage.cluster, "device", None) != "cpu"
+    placement = getattr(stage.cluster, "placement", None)
+    suits = {
+        "shared": (shares, "a sampler that samples from the learner's own weights ('transformers')"),
+        "memory": (
+            not shares and not actors and getattr(stage.learner, "needs_module", True),
+            "learner and sampler in one process, each with its own weights ('torch', 'vllm', cluster 'local')",
+        ),
+        "object_store": (actors, "engines on a cluster (sampler 'vllm', cluster 'ray')"),
+        "nccl": (
+            on_gpus and placement == "separate",
+            "engines on GPUs other than the learner's (sampler 'vllm', cluster 'ray', placement 'separate')",
+        ),
+        "ipc": (
+            on_gpus and placement == "colocated",
+            "engines on the learner's GPUs (sampler 'vllm', cluster 'ray', placement 'colocated')",
+        ),
+    }
+    fits, needed = suits.get(name, (True, ""))
+    if not fits:
+        where = tuple((*place, part) for part in ("transport", "sampler", "learner", "cluster"))
+        yield Conflict((*place, "transport"), f"'{name}' needs {needed}; leave it out for the one that suits", where)
 
 
 def _sizes(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:

@@ -93,6 +93,16 @@ class {cls}:
         (["stages.1.sampling.top_k=5"], "stages.1.sampling.top_k: top_k leaves out tokens"),
         (["stages.1.sampling.temperature=0"], "stages.1.sampling.temperature: 0 samples greedily"),
         (["stages.1.max_staleness=2"], "stages.1.max_staleness: 2 is more than this sampler allows (0)"),
+        (
+            ["stages.1.learner=torch", "stages.1.sampler=vllm", "stages.1.cluster=ray"],
+            "stages.1.learner: computes in the process of the run, on the first GPU that it sees, and Ray gives the same "
+            "one to an engine: use 'deepspeed', or set cluster.device to 'cpu'",
+        ),
+        (
+            ["stages.1.sampler={name: vllm, sleep: true}", "stages.1.learner=deepspeed", "stages.1.cluster=ray"],
+            "stages.1.sampler.sleep: true gives a GPU's memory to a learner that shares it, and with cluster.placement "
+            "'separate' none does",
+        ),
     ],
 )
 def test_impossible_combinations(tmp_path, overrides, message):
@@ -110,10 +120,41 @@ def test_impossible_combinations(tmp_path, overrides, message):
         ["stages.1.algorithm.kl=k3"],
         ["rewards=[exact_match, {name: exact_match, as: again}, {environment: tool}]"],
         ["evaluation.sampling={max_tokens: 4, temperature: 0, top_k: 5}"],
+        ["stages.1.learner=torch", "stages.1.sampler=vllm", "stages.1.cluster={name: ray, device: cpu}"],
+        ["stages.1.sampler={name: vllm, sleep: true}", "stages.1.learner=torch"],
     ],
 )
 def test_combinations_that_work(tmp_path, overrides):
     assert problems(write(tmp_path), overrides=tuple(overrides)) == []
+
+
+SETTINGS = {
+    "embedded": "sampler: transformers, learner: torch",
+    "one process": "sampler: vllm, learner: torch",
+    "separate": "sampler: vllm, learner: deepspeed, cluster: ray",
+    "colocated": "sampler: vllm, learner: deepspeed, cluster: {name: ray, placement: colocated}",
+    "cpus": "sampler: vllm, learner: deepspeed, cluster: {name: ray, device: cpu}",
+    "beside": "sampler: vllm, learner: torch, cluster: {name: ray, device: cpu}",
+}
+CARRIES = {
+    "shared": {"embedded"},
+    "memory": {"one process"},
+    "object_store": {"separate", "colocated", "cpus", "beside"},
+    "nccl": {"separate"},
+    "ipc": {"colocated"},
+}
+
+
+@pytest.mark.parametrize("transport", CARRIES)
+def test_a_transport_has_to_suit_what_it_connects(tmp_path, transport):
+    path = write(tmp_path, BASE.replace("    learner: {name: torch, lr: 1e-3}\n", ""))
+    for setting, engines in SETTINGS.items():
+        found = problems(path, overrides=(f"stages.1={{{engines}, transport: {transport}}}",))
+        if setting in CARRIES[transport]:
+            assert found == [], setting
+        else:
+            (line,) = found
+            assert f"stages.1.transport: '{transport}' needs " in line and "leave it out" in line, (setting, line)
 
 
 def test_combinations_are_checked_beside_other_mistakes_but_not_on_top_of_them(tmp_path):
