@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class RayCluster:
         self._groups: list[PlacementGroup] = []
         self._engine_slots: list[_Slot] = []
         self._learner_slots: list[_Slot] = []
+        self._processes: Counter[str] = Counter()  # of each machine, by its id
 
     @property
     def transport(self) -> str:
@@ -85,10 +87,12 @@ class RayCluster:
                 f" free now: {_listed(ray.available_resources())}"
             ) from error
         self._engine_slots = [slots[0] for slots in map(_slots, strict)]
-        shared = [slot for group in strict for slot in _slots(group)] if self.needs.colocated else []
+        of_engines = [slot for group in strict for slot in _slots(group)]
+        shared = of_engines if self.needs.colocated else []
         slots = [*shared, *(slot for group in packed for slot in _slots(group))][: self.needs.learner_ranks]
         nodes = list(dict.fromkeys(slot.node_id for slot in slots))
         self._learner_slots = sorted(slots, key=lambda slot: nodes.index(slot.node_id))
+        self._processes = Counter(slot.node_id for slot in [*of_engines, *slots])
 
     def learner_actors(self, cls: type, count: int, *args: Any, idle: Callable[[], None] | None = None) -> list[Any]:
         """One actor of ``cls(*args)`` for each rank, ready, in rank order.
@@ -283,7 +287,7 @@ class RayCluster:
         cores = own_cores()
         if not self.session.private:
             cores = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == slot.node_id)
-        threads = self.config.threads or max(1, int(cores) // max(1, self.needs.processes))
+        threads = self.config.threads or max(1, int(cores) // self._processes[slot.node_id])
         paths = [str(Path(alignment.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         variables = {
             "OMP_NUM_THREADS": str(threads),

@@ -37,7 +37,7 @@ class RayClusterConfig:
         float, option("cores that Ray sets aside for each rank and each engine; a private cluster has enough", gt=0)
     ] = 1.0
     threads: Annotated[
-        int | None, option("threads of each process; null: the machine's cores divided among them", ge=1)
+        int | None, option("threads of each process; null: the machine's cores divided among those on it", ge=1)
     ] = None
     start_timeout_s: Annotated[float, option("for actors to be placed and ready", unit="s", gt=0)] = 900.0
     object_store_mb: Annotated[

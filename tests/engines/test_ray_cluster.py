@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import pytest
 import ray
 
+from alignment.engines import ray_cluster
 from alignment.engines.config import Site
+from alignment.engines.ray_cluster import RayCluster
 from alignment.engines.ray_config import RayClusterConfig
+from alignment.engines.ray_needs import Needs
 from alignment.errors import EngineFailed, UserError
 from tests.engines.ray_actors import Rank
 
@@ -42,6 +45,30 @@ def open_ray(live_ray):
     yield opener
     for context in reversed(opened):
         context.__exit__(None, None, None)
+
+
+def test_the_cores_of_a_machine_are_divided_among_the_processes_on_it(monkeypatch):
+    """As Ray would place 32 ranks and 8 engines of 4 GPUs, which share, on 4 machines; no Ray is started."""
+    needs = Needs(learner_ranks=32, engines=8, tensor_parallel=4, colocated=True, device="gpu")
+    made = []
+
+    def group(bundles, strategy):
+        made.append(SimpleNamespace(bundle_count=len(bundles), number=len(made), ready=lambda: None))
+        return made[-1]
+
+    def where(group):
+        return {"bundles_to_node_id": dict.fromkeys(range(4), f"node {group.number // 2}")}
+
+    monkeypatch.setattr(ray_cluster, "placement_group", group)
+    monkeypatch.setattr(ray_cluster, "placement_group_table", where)
+    nodes = [{"NodeID": f"node {number}", "Resources": {"CPU": 96.0}} for number in range(4)]
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: nodes)
+    session = SimpleNamespace(private=False, loopback=False)
+    cluster = RayCluster(RayClusterConfig(), needs, site(), session)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(cluster, "wait", lambda *_: None)
+    cluster.place()
+    for slot in [*cluster._engine_slots, *cluster._learner_slots]:
+        assert cluster._environment(slot)["OMP_NUM_THREADS"] == "6", "8 ranks and 2 engines of 4 on 96 cores"
 
 
 def comes_true(question, within_s=30):
