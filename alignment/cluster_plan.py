@@ -1,7 +1,7 @@
 """How the stages of a recipe lie on a cluster, and whether they fit: numbers alone, nothing is started or loaded.
 
-What a process needs is in :mod:`alignment.model_size`, changes that would make a stage fit in
-:mod:`alignment.cluster_remedies`.
+Where processes go is in :mod:`alignment.cluster_layout`, what one needs in :mod:`alignment.model_size`, changes that
+would make a stage fit in :mod:`alignment.cluster_remedies`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,9 @@ from math import inf
 from typing import Any
 
 from alignment.architectures import Shape
-from alignment.engines.ray_needs import Needs, Node
+from alignment.cluster_layout import Hardware, counted, has_engine, is_local, layout, needs_of
+from alignment.engines.config import transports
+from alignment.engines.ray_needs import Node
 from alignment.model_size import (
     CONTEXT,
     GIB,
@@ -28,26 +30,6 @@ ASLEEP = int(1.5 * GIB)
 USABLE = 0.95
 """Share of a GPU that a learner can fill: the allocator's blocks do not fit together without gaps."""
 Parts = Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The machines that are asked about, all alike."""
-
-    nodes: int = 1
-    gpus: int = 1
-    """Of one node."""
-    memory_gib: float = 80.0
-    """Of one GPU."""
-
-    @property
-    def memory(self) -> int:
-        """Of one GPU, in bytes."""
-        return int(self.memory_gib * GIB)
-
-    def __str__(self) -> str:
-        each = f"{counted(self.gpus, 'GPU')} with {self.memory_gib:g} GiB"
-        return each if self.nodes == 1 else f"{self.nodes} nodes, each of {each}"
 
 
 @dataclass(frozen=True)
@@ -133,48 +115,9 @@ class StageOnCluster:
         return asdict(self) | {"holdings": kinds, "fits": self.fits, "idle": self.idle}
 
 
-def counted(number: float, noun: str) -> str:
-    """A number with its noun."""
-    told = f"{int(number):,}" if number == int(number) else f"{number:g}"
-    return f"{told} {noun}{'' if number == 1 else 's'}"
-
-
 def gib(amount: float) -> str:
     """Bytes in words; what would round to nothing in MiB."""
     return f"{amount / GIB:.1f} GiB" if abs(amount) >= 0.05 * GIB else f"{amount / 2**20:.1f} MiB"
-
-
-def needs_of(stage: Any) -> Needs:
-    """GPUs of the stage's ranks and engines; what a ``local`` cluster runs shares one."""
-    colocated = getattr(stage.cluster, "placement", "separate") == "colocated"
-    return Needs.of(stage, colocated, "gpu", getattr(stage.cluster, "cpus_per_process", 1.0))
-
-
-def is_local(stage: Any) -> bool:
-    """Whether everything of the stage lives in one process."""
-    return not hasattr(stage.cluster, "placement")
-
-
-def layout(stage: Any, hardware: Hardware) -> list[list[str]]:
-    """For each node, what each of its GPUs holds: engines first, each on one node, then ranks on what is left."""
-    nodes = [[""] * hardware.gpus for _ in range(hardware.nodes)]
-    if is_local(stage):
-        nodes[0][0] = "learner + engine" if has_engine(stage) else "learner + sampler"
-        return nodes
-    needs = needs_of(stage)
-    shared: list[tuple[int, int]] = []
-    for engine in range(needs.engines):
-        node = next((n for n, held in enumerate(nodes) if held.count("") >= needs.tensor_parallel), None)
-        if node is None:
-            continue
-        for gpu in [g for g, held in enumerate(nodes[node]) if not held][: needs.tensor_parallel]:
-            nodes[node][gpu] = f"engine {engine}"
-            shared.append((node, gpu))
-    free = [(n, g) for n, held in enumerate(nodes) for g, what in enumerate(held) if not what]
-    order = [*shared, *free] if needs.colocated else free
-    for rank, (node, gpu) in enumerate(order[: needs.learner_ranks]):
-        nodes[node][gpu] = " + ".join(filter(None, (f"rank {rank}", nodes[node][gpu])))
-    return nodes
 
 
 def holdings(stage: Any, load: Load, hardware: Hardware) -> tuple[list[Holding], Cache | None]:
@@ -231,11 +174,6 @@ def _engine(stage: Any, load: Load, hardware: Hardware) -> tuple[dict[str, int],
     found["cache"] = max(found["cache"], token * load.row_tokens)
     wanted = min(-(-load.rows // sampler.engines), sampler.max_num_seqs)
     return found, Cache(tokens, tokens // load.row_tokens, wanted)
-
-
-def has_engine(stage: Any) -> bool:
-    """Whether what samples has weights and a cache of its own (vLLM)."""
-    return hasattr(stage.sampler, "tensor_parallel")
 
 
 def keeps_awake(stage: Any) -> bool:
@@ -308,6 +246,12 @@ def unfit(stage: Any, load: Load, hardware: Hardware) -> list[str]:
             f"learner.ranks: {counted(load.minibatch_rows, 'row')} of a mini-batch for {needs.learner_ranks} ranks "
             f"leaves some without any; at most {load.minibatch_rows} would do, or fewer mini-batches"
         )
+    lent = stage.transport is None or transports.name_of(stage.transport) == "ipc"
+    if needs.colocated and lent and (alone := needs.engine_devices - needs.learner_ranks) > 0:
+        found.append(
+            f"learner.ranks: {counted(alone, 'GPU')} of engines would have no rank to bring new weights (transport "
+            f"ipc); {needs.engine_devices} ranks would do, or transport: object_store"
+        )
     return found
 
 
@@ -316,6 +260,8 @@ def _notes(stage: Any, load: Load, hardware: Hardware, cache: Cache | None) -> l
     found: list[str] = []
     needs, rows = needs_of(stage), load.minibatch_rows
     ranks = needs.learner_ranks
+    if getattr(stage.cluster, "device", None) == "cpu":
+        found.append("cluster.device is cpu, so ranks and engines stay off these GPUs; set it to auto to use them")
     if ranks and rows % ranks and rows > ranks:
         even = [n for n in range(1, hardware.nodes * hardware.gpus + 1) if rows % n == 0]
         found.append(

@@ -29,30 +29,43 @@ NOTHING = (0, 0, 0)
 
 @dataclass(frozen=True)
 class _Change:
-    """Other values of options."""
+    """Other values of options, by part: of ``learner``, ``sampler`` or ``cluster``."""
 
-    part: str
-    """``learner``, ``sampler`` or ``cluster``."""
-    options: dict[str, Any]
+    options: dict[str, dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], ...]:
+        """Which options, whatever their values."""
+        return tuple((part, *values) for part, values in self.options.items())
 
     def applied(self, stage: Any) -> Any | None:
         """The stage with them; None where it has no such options or they are as they were."""
-        component = getattr(stage, self.part)
-        if not is_dataclass(component) or not all(hasattr(component, name) for name in self.options):
-            return None
-        if all(getattr(component, name) == value for name, value in self.options.items()):
-            return None
-        try:
-            changed = replace(component, **self.options)  # pyright: ignore[reportArgumentType]
-        except UserError:  # options that do not go with the others
-            return None
-        return stage.model_copy(update={self.part: changed})
+        changed: dict[str, Any] = {}
+        for part, values in self.options.items():
+            component = getattr(stage, part)
+            if not is_dataclass(component) or not all(hasattr(component, name) for name in values):
+                return None
+            try:
+                changed[part] = replace(component, **values)  # pyright: ignore[reportArgumentType]
+            except UserError:  # options that do not go with the others
+                return None
+        same = all(getattr(stage, part) == component for part, component in changed.items())
+        return None if same else stage.model_copy(update=changed)
 
     def told(self, stage: Any) -> str:
         """What is to be written into the recipe; nothing of what is there already."""
-        component = getattr(stage, self.part)
-        values = [(name, value) for name, value in self.options.items() if getattr(component, name) != value]
-        return ", ".join(f"{self.part}.{name}: {json.dumps(value).strip(chr(34))}" for name, value in values)
+        changed = [
+            (f"{part}.{name}", value)
+            for part, values in self.options.items()
+            for name, value in values.items()
+            if getattr(getattr(stage, part), name) != value
+        ]
+        return ", ".join(f"{name}: {json.dumps(value).strip(chr(34))}" for name, value in changed)
+
+
+def _change(part: str, **options: Any) -> _Change:
+    """Other values of options of one part."""
+    return _Change({part: options})
 
 
 def planned(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOnCluster:
@@ -79,11 +92,11 @@ def _remedies(stage: Any, load: Load, hardware: Hardware) -> Iterator[str]:
             changed, lack = further, less
             together.append(change)
     if alone:
-        first = {(change.part, *change.options): change for change in reversed(alone)}  # of several values of an option
+        first = {change.key: change for change in reversed(alone)}  # of several values of an option
         told = list(dict.fromkeys(change.told(stage) for change in alone if change in first.values()))[:SUGGESTED]
         yield ("this would do: " if len(told) == 1 else "any one of these would do: ") + "; ".join(told)
     elif lack == NOTHING:
-        last = {(change.part, *change.options): change for change in together}  # of several values of an option
+        last = {change.key: change for change in together}  # of several values of an option
         yield "these would do together: " + "; ".join(filter(None, (change.told(stage) for change in last.values())))
     else:
         yield from _hardware(stage, load, hardware)
@@ -105,40 +118,40 @@ def _changes(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
     needs, total = needs_of(stage), hardware.nodes * hardware.gpus
     learner, sampler = stage.learner, stage.sampler
     yield from _for_engines(stage, load, hardware)
-    yield _Change("learner", {"gradient_checkpointing": True})
+    yield _change("learner", gradient_checkpointing=True)
     tokens = getattr(learner, "micro_batch_tokens", None) or 0
     while tokens > load.row_tokens:
         tokens = max(tokens // 2, load.row_tokens)
-        yield _Change("learner", {"micro_batch_tokens": tokens})
+        yield _change("learner", micro_batch_tokens=tokens)
     if getattr(learner, "logits_chunk_mb", 0) > 128:
-        yield _Change("learner", {"logits_chunk_mb": 128.0})
+        yield _change("learner", logits_chunk_mb=128.0)
     for stage_of_zero in (2, 3):
         if getattr(learner, "zero_stage", 3) < stage_of_zero:
-            yield _Change("learner", {"zero_stage": stage_of_zero})
+            yield _change("learner", zero_stage=stage_of_zero)
     left = total if needs.colocated else total - needs.engine_devices
     if needs.learner_ranks:
         sizes = [n for n in range(1, left + 1) if load.minibatch_rows % n == 0]
         if sizes and sizes[-1] != needs.learner_ranks:
-            yield _Change("learner", {"ranks": sizes[-1]})
+            yield _change("learner", ranks=sizes[-1])
     left = total if needs.colocated else total - needs.learner_ranks
     if needs.engines and not is_local(stage) and (engines := left // needs.tensor_parallel) > 0:
-        yield _Change("sampler", {"engines": engines})
+        yield _change("sampler", engines=engines)
     if needs.engines and not needs.colocated and needs.devices > total:  # fewer of both
         engines = max(1, needs.engines * total // needs.devices)
-        yield _Change("sampler", {"engines": engines})
+        yield _change("sampler", engines=engines)
         left = total - engines * needs.tensor_parallel
         if sizes := [n for n in range(1, left + 1) if load.minibatch_rows % n == 0]:
-            yield _Change("learner", {"ranks": sizes[-1]})
+            yield _change("learner", ranks=sizes[-1])
     if needs.colocated:
-        yield _Change("cluster", {"placement": "separate"})
-    elif getattr(sampler, "sleep", False) and not getattr(stage, "max_staleness", 0):
-        yield _Change("cluster", {"placement": "colocated"})
+        yield _Change({"cluster": {"placement": "separate"}, "sampler": {"sleep": False}})
+    elif has_engine(stage) and not is_local(stage) and not getattr(stage, "max_staleness", 0):
+        yield _Change({"cluster": {"placement": "colocated"}, "sampler": {"sleep": True}})
     if getattr(learner, "offload", None) == "none":
-        yield _Change("learner", {"offload": "optimizer"})
+        yield _change("learner", offload="optimizer")
     if getattr(learner, "dtype", "bfloat16") == "float32":
-        yield _Change("learner", {"dtype": "bfloat16"})
+        yield _change("learner", dtype="bfloat16")
     if getattr(sampler, "dtype", "bfloat16") == "float32":
-        yield _Change("sampler", {"dtype": "bfloat16"})
+        yield _change("sampler", dtype="bfloat16")
 
 
 def _for_engines(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change]:
@@ -153,13 +166,13 @@ def _for_engines(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change
         resting = sum(n for name, n in shared.phases["sampling"].items() if not name.startswith("engine"))
         share = int(100 * (shared.limit - resting) / hardware.memory) / 100
     if share > 0:
-        yield _Change("sampler", {"gpu_memory_utilization": share})
+        yield _change("sampler", gpu_memory_utilization=share)
     total = hardware.nodes * hardware.gpus
     room = min(needs.engine_devices, total if needs.colocated else total - needs.learner_ranks)
     for size in sorted(parallel_sizes(load.shape, hardware.gpus), key=lambda size: abs(size - needs.tensor_parallel)):
         engines = room // size
         if size != needs.tensor_parallel and engines > 0 and not is_local(stage):
-            yield _Change("sampler", {"tensor_parallel": size, "engines": engines})
+            yield _change("sampler", tensor_parallel=size, engines=engines)
 
 
 def _hardware(stage: Any, load: Load, hardware: Hardware) -> Iterator[str]:

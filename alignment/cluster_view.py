@@ -30,6 +30,8 @@ def _verdict(stage: StageOnCluster) -> str:
     if stage.fits:
         # An engine alone on a GPU takes its whole share, whatever that is: what is left says nothing.
         learning = [holding for holding in stage.holdings if holding.what != "engine"]
+        if not learning:
+            return f"{stage.stage} fits"
         least = min(learning, key=lambda holding: holding.spare)
         return f"{stage.stage} fits: {gib(least.spare)} to spare where it is tightest ({least.what}, {least.fullest})"
     return "\n".join([f"{stage.stage} does not fit:", *(f"  {problem}" for problem in stage.problems)])

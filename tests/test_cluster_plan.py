@@ -39,6 +39,28 @@ def test_one_process_takes_one_gpu_and_the_others_idle():
     assert "1 GPU would be idle; cluster: ray uses more than one" in stage.notes
 
 
+def test_a_learner_in_the_process_of_the_run_beside_engines_on_cpus():
+    overrides = ["stages.0.learner=torch", "stages.0.cluster={name: ray, device: cpu}"]
+    stage = planned("gsm8k_8gpu", Hardware(1, 8), *overrides)
+    assert "rl fits" in shown(stage, Hardware(1, 8))
+    assert "cluster.device is cpu, so ranks and engines stay off these GPUs; set it to auto to use them" in stage.notes
+
+
+def test_learner_and_sampler_in_one_process_take_a_gpu_on_ray_too():
+    stage = planned("gsm8k_one_gpu", Hardware(1, 2), "stages.0.sampler=transformers", "stages.0.cluster=ray")
+    assert stage.nodes == (("learner + sampler", ""),) and "to spare" in shown(stage, Hardware(1, 2))
+
+
+def test_following_the_advice_to_share_is_not_refused():
+    hardware = Hardware(2, 1)
+    _, stage = make_plan(load([RECIPES / "quickstart_cluster.yaml"]), hardware).cluster
+    (problem,) = stage.problems
+    assert "Set cluster.placement to colocated and max_staleness to 0" in problem
+    sets = ["stages.1.cluster.placement=colocated", "stages.1.max_staleness=0", "stages.1.sampler.sleep=true"]
+    _, stage = make_plan(load([RECIPES / "quickstart_cluster.yaml"], sets), hardware).cluster
+    assert not any("colocated" in problem for problem in stage.problems)
+
+
 UNFIT = [
     ("gsm8k_one_gpu", Hardware(1, 1, 40), ()),
     ("gsm8k_8gpu", Hardware(1, 4), ()),
@@ -50,6 +72,8 @@ UNFIT = [
     ("simplerl_zoo_7b", Hardware(2, 8), ("stages.0.sampler.gpu_memory_utilization=0.95",)),
     ("simplerl_zoo_7b", Hardware(2, 8), ("stages.0.learner.zero_stage=1",)),
     ("dapo_32b", Hardware(2, 8), ()),
+    ("simplerl_zoo_7b", Hardware(2, 8), ("stages.0.learner.ranks=8",)),
+    ("gsm8k_8gpu", Hardware(1, 4), ("stages.0.max_staleness=0",)),
     ("tina_1.5b_lora", Hardware(1, 1, 8), ()),
 ]
 
@@ -79,6 +103,10 @@ def test_most_of_these_can_be_mended():
     [
         (["stages.0.sampler.tensor_parallel=5"], "does not divide the model (12 heads, 2 key-value heads, 8960 in the"),
         (["stages.0.sampler.tensor_parallel=16"], "each of 4 engines needs 16 GPUs on one node"),
+        (
+            ["stages.0.cluster.placement=colocated", "stages.0.max_staleness=0", "stages.0.sampler.engines=6"],
+            "2 GPUs of engines would have no rank to bring new weights (transport ipc); 6 ranks would do",
+        ),
         (["stages.0.sampler.engines=5"], "needs 4 learner GPUs + 5 engine GPUs; the cluster has 8 GPUs on 1 node"),
         (
             ["stages.0.prompts_per_step=2", "stages.0.group_size=2", "stages.0.algorithm.minibatches=2"],
@@ -87,7 +115,7 @@ def test_most_of_these_can_be_mended():
     ],
 )
 def test_what_does_not_go_together_is_told_with_what_would(overrides, told):
-    hardware = Hardware(16, 8) if "16" in overrides[0] else Hardware(1, 8)
+    hardware = Hardware(16, 8) if "=16" in overrides[0] else Hardware(1, 8)
     assert told in "\n".join(planned("gsm8k_8gpu", hardware, *overrides).problems)
 
 

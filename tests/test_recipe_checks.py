@@ -95,8 +95,8 @@ class {cls}:
         (["stages.1.max_staleness=2"], "stages.1.max_staleness: 2 is more than this sampler allows (0)"),
         (
             ["stages.1.learner=torch", "stages.1.sampler=vllm", "stages.1.cluster=ray"],
-            "stages.1.learner: computes in the process of the run, on the first GPU that it sees, and Ray gives the same "
-            "one to an engine: use 'deepspeed', or set cluster.device to 'cpu'",
+            "stages.1.learner: computes in the process of the run, on the first GPU that it sees, and Ray gives the "
+            "same one to an engine: use 'deepspeed', or set cluster.device to 'cpu'",
         ),
         (
             ["stages.1.sampler={name: vllm, sleep: true}", "stages.1.learner=deepspeed", "stages.1.cluster=ray"],

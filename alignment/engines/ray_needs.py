@@ -25,6 +25,8 @@ class Needs:
     colocated: bool = False
     device: Literal["gpu", "cpu"] = "cpu"
     cpus_per_process: float = 1.0
+    max_staleness: int = 0
+    """Batches that are in flight while one is learned from: more than 0 only where nothing is shared."""
 
     @classmethod
     def of(cls, stage: Any, colocated: bool, device: Literal["gpu", "cpu"], cpus_per_process: float) -> "Needs":
@@ -32,7 +34,8 @@ class Needs:
         sampler, learner = getattr(stage, "sampler", None), getattr(stage, "learner", None)
         ranks, engines = getattr(learner, "ranks", 0), getattr(sampler, "engines", 0)
         parallel = getattr(sampler, "tensor_parallel", 1)
-        return cls(ranks, engines, parallel, colocated and ranks > 0 < engines, device, cpus_per_process)
+        stale = getattr(stage, "max_staleness", 0)
+        return cls(ranks, engines, parallel, colocated and ranks > 0 < engines, device, cpus_per_process, stale)
 
     @property
     def engine_devices(self) -> int:
@@ -112,7 +115,8 @@ class Needs:
         ways: list[str] = []
         if self.device == "gpu" and self.learner_ranks and self.engines and not self.colocated:
             together = max(self.learner_ranks, self.engine_devices)
-            ways += ["set cluster.placement to colocated"] if together <= fit else []
+            also = " and max_staleness to 0" if self.max_staleness else ""
+            ways += [f"set cluster.placement to colocated{also}"] if together <= fit else []
         ways += ["lower learner.ranks"] if self.learner_ranks > 1 else []
         ways += ["lower sampler.engines"] if self.engines > 1 else []
         ways += ["lower sampler.tensor_parallel"] if self.tensor_parallel > 1 else []

@@ -30,6 +30,12 @@ def test_separate_engines_add_up():
     )
 
 
+def test_sharing_is_advised_with_all_that_it_takes():
+    stale = SimpleNamespace(**vars(stage(ranks=2, engines=1)), max_staleness=1)
+    lacking = Needs.of(stale, False, "gpu", 1.0).shortfall(gpus(2))
+    assert lacking is not None and "Set cluster.placement to colocated and max_staleness to 0, lower" in lacking
+
+
 def test_colocated_engines_share():
     needs = Needs.of(stage(ranks=8, engines=2, tensor_parallel=2), True, "gpu", 1.0)
     assert needs.devices == 8 and needs.share() == {"GPU": 0.5, "CPU": 1.0}
