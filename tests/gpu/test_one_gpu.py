@@ -120,7 +120,7 @@ def test_a_few_steps_of_the_quickstart_on_vllm(tmp_path, monkeypatch):
         "stages.1.steps": 4,
         "stages.1.sampler": "{name: vllm, sleep: true, kv_cache_gb: 1, gpu_memory_utilization: 0.4, max_num_seqs: 512}",
         "run.name": "one-gpu",
-        "run.folder": str(tmp_path),
+        "run.output": str(tmp_path),
     }
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "alignment", "train", str(ROOT / "recipes/quickstart.yaml"), *sets]
