@@ -68,6 +68,17 @@ def test_it_fits_its_hardware(name):
     assert recipe.run.name == name
 
 
+@each_recipe
+def test_a_healthy_update_is_not_taken_for_a_hung_one(name):
+    """At most 6 FLOPs for each parameter and token, a third more for checkpointing, at 300 TFLOP/s of each GPU."""
+    stage, hardware = online(load([path(name)])), HARDWARE[name]
+    plan = make_plan(load([path(name)]), hardware)
+    tokens = plan.stages[0].rollouts * (plan.stages[0].row_tokens or 0)
+    ranks = getattr(stage.learner, "ranks", 1)
+    longest_s = 8 * (plan.parameters or 0) * tokens / ranks / 300e12
+    assert getattr(stage.learner, "timeout_s", longest_s * 2) >= 1.5 * longest_s, longest_s
+
+
 def test_the_check_needs_no_network_and_is_quick_to_import(tmp_path):
     """In a process that could not open a connection: every attempt ends the program."""
     code = (
