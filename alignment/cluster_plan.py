@@ -126,7 +126,10 @@ def holdings(stage: Any, load: Load, hardware: Hardware) -> tuple[list[Holding],
     rows = -(-load.minibatch_rows // training.ranks)
     parts = training_bytes(load.shape, load.model, training, load.row_tokens, rows, stage.needs_reference)
     update = {"context": CONTEXT, **parts}
-    rest = {"context": CONTEXT, "learner at rest": resting_bytes(parts)}
+    rest = {
+        "context": CONTEXT,
+        "learner at rest": resting_bytes(load.shape, load.model, training, stage.needs_reference),
+    }
     usable = int(USABLE * hardware.memory)
     needs = needs_of(stage)
     if not has_engine(stage):

@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -66,8 +65,13 @@ class Training:
 
     @property
     def masters(self) -> bool:
-        """Whether the optimizer has weights of its own, in float32."""
-        return self.zero and self.precision == "bfloat16"
+        """Whether the optimizer has weights of its own, in float32: a copy even where the model is float32."""
+        return self.zero and self.zero_stage > 0
+
+    @property
+    def whole_gradients(self) -> bool:
+        """Whether every rank keeps float32 gradients of all that is trained: DeepSpeed's optimizer for stage 1."""
+        return self.zero and self.zero_stage == 1 and self.precision == "bfloat16" and self.offload == "none"
 
     def trained_bytes(self, model: ModelConfig) -> int:
         """Of one parameter that is trained: in one process adapters are float32 whatever the model is."""
@@ -114,10 +118,10 @@ def training_bytes(
     =========== =============================================================================================
     parameters  ``b P``, adapters included; at ZeRO stage 3 divided by R; under autocast also copies of ``2 P``
     reference   as much again, where a component compares with it; none under LoRA, where it is the adapter off
-    gradients   ``b T``, of adapters in one process ``4 T``. DeepSpeed: ``4 T``, from stage 2 on divided by R; before it
-                in bfloat16 ``2 T`` beside; and a copy at the step, ``4 T / R``
-    optimizer   two moments of AdamW, ``2 b T``; DeepSpeed in bfloat16: with weights in float32 ``12 T``; from stage
-                1 on divided by R
+    gradients   ``b T``, of adapters in one process ``4 T``. DeepSpeed: ``4 T``, from stage 2 on divided by R, and a
+                copy at the step, ``4 T / R``; at stage 1 in bfloat16 ``2 T`` beside instead of the copy
+    optimizer   two moments of AdamW, ``2 b T``; DeepSpeed from stage 1 on: with its own weights, in float32 always,
+                ``12 T / R``
     buckets     what ranks exchange at once: two buckets of 200 M numbers, or of the largest weight or all if these are
                 more or fewer, and at stage 3 up to 1,000 M weights that are whole for a while
     activations of one micro-batch: :func:`activation_bytes` per token and layer, or, with gradient checkpointing, the
@@ -134,31 +138,53 @@ def training_bytes(
         reference: Whether a frozen copy is kept.
     """
     b, t, trained = training.weight_bytes, training.trained_bytes(model), shape.trainable(model.lora)
-    whole = b * shape.parameters + (t * trained if model.lora else 0)
     tokens = max(row_tokens, min(training.micro_batch_tokens or rows * row_tokens, rows * row_tokens))
     logits = 4 * tokens * shape.vocabulary
     chunk = int(2**20 * training.logits_chunk_mb) if training.logits_chunk_mb is not None else logits
     layer = activation_bytes(shape, training.precision)
     between = 2 if training.precision == "bfloat16" else 4
     kept = shape.layers * between * shape.hidden + layer if training.checkpointing else shape.layers * layer
-    held = 0 if training.offload == "parameters" else whole // training.share(3)
+    copies = 2 * shape.parameters if training.precision == "autocast" else 0  # kept for the backward pass alone
     return {
-        "parameters": held + (2 * shape.parameters if training.precision == "autocast" else 0),
-        "reference": b * shape.parameters // training.share(3) if reference and model.lora is None else 0,
+        **_states(shape, model, training, reference, copies),
         "gradients": _gradient_bytes(training, t, trained),
-        "optimizer": 0 if training.offload != "none" else _optimizer_bytes(training, t, trained),
         "buckets": b * _exchanged(shape, training, trained),
         "activations": tokens * kept,
         "logits": 3 * min(logits, chunk),
     }
 
 
+def resting_bytes(shape: Shape, model: ModelConfig, training: Training, reference: bool) -> int:
+    """What of :func:`training_bytes` one rank keeps between updates: parameters, reference and optimizer. DeepSpeed
+    keeps its float32 gradients too at stage 1 in bfloat16 (``4 T``) and at stage 3 (``4 T / R``, and one bucket)."""
+    trained, kept = shape.trainable(model.lora), 0
+    if training.whole_gradients:
+        kept = 4 * trained
+    elif training.zero and training.zero_stage == 3:
+        kept = training.weight_bytes * _bucket(shape, trained)
+        kept += 4 * trained // training.ranks if training.offload == "none" else 0
+    return sum(_states(shape, model, training, reference).values()) + kept
+
+
+def _states(shape: Shape, model: ModelConfig, training: Training, reference: bool, copies: int = 0) -> dict[str, int]:
+    """Weights and moments on one rank's GPU, in bytes; ``copies`` of weights count as weights."""
+    b, t, trained = training.weight_bytes, training.trained_bytes(model), shape.trainable(model.lora)
+    whole = b * shape.parameters + (t * trained if model.lora else 0)
+    held = 0 if training.offload == "parameters" else whole // training.share(3)
+    return {
+        "parameters": held + copies,
+        "reference": b * shape.parameters // training.share(3) if reference and model.lora is None else 0,
+        "optimizer": 0 if training.offload != "none" else _optimizer_bytes(training, t, trained),
+    }
+
+
 def _gradient_bytes(training: Training, each: int, trained: int) -> int:
     if not training.zero:
         return each * trained
-    own = 2 * trained if training.masters and training.zero_stage < 2 else 0
-    step = 4 * trained // training.ranks if training.zero_stage and training.offload == "none" else 0
-    return 4 * trained // training.share(2) + own + step
+    if training.whole_gradients:
+        return 4 * trained + 2 * trained
+    step = 4 * trained // training.ranks if training.masters and training.offload == "none" else 0
+    return 4 * trained // training.share(2) + step
 
 
 def _optimizer_bytes(training: Training, each: int, trained: int) -> int:
@@ -166,27 +192,26 @@ def _optimizer_bytes(training: Training, each: int, trained: int) -> int:
 
 
 def _exchanged(shape: Shape, training: Training, trained: int) -> int:
-    """Numbers that are in buffers for the other ranks at once."""
-    if not training.zero or training.ranks == 1:
+    """Numbers that are in buffers for the other ranks at once; one rank alone has them as well."""
+    if not training.zero:
         return 0
+    return 2 * _bucket(shape, trained) + (min(LIVE, shape.parameters) if training.zero_stage == 3 else 0)
+
+
+def _bucket(shape: Shape, trained: int) -> int:
+    """Numbers that one of DeepSpeed's buffers holds."""
     largest = shape.vocabulary * shape.hidden if trained == shape.parameters else 0
-    bucket = max(largest, min(BUCKET, trained))
-    return 2 * bucket + (min(LIVE, shape.parameters) if training.zero_stage == 3 else 0)
+    return max(largest, min(BUCKET, trained))
 
 
 def host_bytes(shape: Shape, model: ModelConfig, training: Training) -> int:
     """What one learner rank takes of its host's memory, in bytes: the whole model while it is loaded, later what is
     offloaded; the larger of both."""
     t, trained = training.trained_bytes(model), shape.trainable(model.lora)
-    loading = _BYTES[model.dtype] * shape.parameters
+    loading = max(_BYTES[model.dtype], training.weight_bytes) * shape.parameters
     weights = training.weight_bytes * shape.parameters // training.share(3)
     optimizer = _optimizer_bytes(training, t, trained) + 4 * trained // training.share(2)
     return max(loading, {"none": 0, "optimizer": optimizer}.get(training.offload, weights + optimizer))
-
-
-def resting_bytes(parts: Mapping[str, int]) -> int:
-    """Of what :func:`training_bytes` found, what stays between updates."""
-    return sum(parts[name] for name in ("parameters", "reference", "optimizer"))
 
 
 def cache_bytes_per_token(shape: Shape, dtype: str, tensor_parallel: int = 1) -> int:

@@ -136,8 +136,8 @@ def shown(stage: StageOnCluster, hardware: Hardware) -> str:
 def test_it_is_shown_by_runs_of_gpus_with_a_verdict():
     text = shown(planned("simplerl_zoo_7b", Hardware(2, 8)), Hardware(2, 8))
     assert re.search(r"node 1 +GPUs 0-7 rank 8 \+ engine 4 to rank 15 \+ engine 7", text)
-    assert re.search(r"update +25.2 GiB", text) and re.search(r"sampling +64.6 GiB", text)
-    assert "rl fits: 11.4 GiB to spare where it is tightest (learner and engine in turns, sampling)" in text
+    assert re.search(r"update +25.2 GiB", text) and re.search(r"sampling +67.4 GiB", text)
+    assert "rl fits: 8.6 GiB to spare where it is tightest (learner and engine in turns, sampling)" in text
 
 
 def test_what_lacks_gpus_is_shown_without_ranks_that_are_nowhere():

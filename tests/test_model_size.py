@@ -153,6 +153,11 @@ def sizes(learner: Any, model: ModelConfig | None = None, reference: bool = Fals
     return training_bytes(SEVEN, model, Training.of(learner, model), row_tokens=1024, rows=64, reference=reference)
 
 
+def resting(learner: Any, model: ModelConfig | None = None, reference: bool = False) -> int:
+    model = model or ModelConfig(path="Qwen/Qwen2.5-7B", dtype="bfloat16")
+    return resting_bytes(SEVEN, model, Training.of(learner, model), reference)
+
+
 def zero(**options: Any) -> DeepSpeedLearnerConfig:
     return DeepSpeedLearnerConfig(**{"ranks": 8, "dtype": "bfloat16", **options})
 
@@ -160,7 +165,7 @@ def zero(**options: Any) -> DeepSpeedLearnerConfig:
 @pytest.mark.parametrize(
     ("stage", "parameters", "gradients", "optimizer"),
     [
-        (1, 2 * P, 4 * P + 2 * P + 4 * P // 8, 12 * P // 8),
+        (1, 2 * P, 4 * P + 2 * P, 12 * P // 8),
         (2, 2 * P, 4 * P // 8 + 4 * P // 8, 12 * P // 8),
         (3, 2 * P // 8, 4 * P // 8 + 4 * P // 8, 12 * P // 8),
     ],
@@ -169,14 +174,34 @@ def test_stages_of_zero_share_what_they_say(stage, parameters, gradients, optimi
     found = sizes(zero(zero_stage=stage), reference=True)
     assert (found["parameters"], found["gradients"], found["optimizer"]) == (parameters, gradients, optimizer)
     assert found["reference"] == parameters
-    assert resting_bytes(found) == 2 * parameters + optimizer
     largest = SEVEN.vocabulary * SEVEN.hidden
+    kept = {1: 4 * P, 2: 0, 3: 4 * P // 8 + 2 * largest}[stage]
+    assert resting(zero(zero_stage=stage), reference=True) == 2 * parameters + optimizer + kept
     assert found["buckets"] == 2 * (2 * largest + (10**9 if stage == 3 else 0))
 
 
-def test_one_rank_has_everything_and_no_buckets():
+def test_one_rank_has_everything_and_buckets_too():
     found = sizes(zero(ranks=1))
-    assert found["optimizer"] == 12 * P and found["buckets"] == 0
+    assert found["optimizer"] == 12 * P and found["buckets"] == 2 * 2 * SEVEN.vocabulary * SEVEN.hidden
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "dtype", "each"),
+    [
+        (1, 0, "float32", 4 + 8),
+        (1, 1, "float32", 4 + 12),
+        (4, 2, "float32", 4 + 12 / 4),
+        (1, 3, "float32", 4 + 12 + 4),
+        (1, 1, "bfloat16", 2 + 12 + 4),
+        (4, 1, "bfloat16", 2 + 12 / 4 + 4),
+        (1, 2, "bfloat16", 2 + 12),
+        (4, 3, "bfloat16", (2 + 12 + 4) / 4),
+    ],
+)
+def test_a_rank_at_rest_keeps_what_deepspeed_never_gives_back(ranks, stage, dtype, each):
+    """Bytes of each parameter; tests/engines/test_deepspeed.py compares them with those of an engine."""
+    bucket = SEVEN.vocabulary * SEVEN.hidden * (2 if dtype == "bfloat16" else 4) if stage == 3 else 0
+    assert resting(zero(ranks=ranks, zero_stage=stage, dtype=dtype)) == pytest.approx(each * P + bucket, rel=1e-9)
 
 
 def test_offloading_moves_to_the_host():
@@ -184,6 +209,9 @@ def test_offloading_moves_to_the_host():
     optimizer, everything = zero(offload="optimizer"), zero(zero_stage=3, offload="parameters")
     assert sizes(optimizer)["optimizer"] == 0 and sizes(optimizer)["parameters"] == 2 * P
     assert sizes(everything)["parameters"] == 0
+    assert resting(everything) == 2 * SEVEN.vocabulary * SEVEN.hidden, "a bucket"
+    in_float32 = Training.of(zero(dtype="float32"), model)
+    assert host_bytes(SEVEN, model, in_float32) == 4 * P, "it is made float32 there"
     assert host_bytes(SEVEN, model, Training.of(zero(), model)) == 2 * P, "each rank loads the model"
     assert host_bytes(SEVEN, model, Training.of(zero(ranks=4, offload="optimizer"), model)) == 12 * P // 4 + 4 * P // 4
 
@@ -204,6 +232,9 @@ def test_in_one_process(dtype, autocast, lora, parameters, trained_bytes):
     assert found["parameters"] == parameters
     assert (found["gradients"], found["optimizer"]) == (trained_bytes * trained, 2 * trained_bytes * trained)
     assert (found["reference"] == 0) == (lora is not None)
+    copies = 2 * P if autocast == "bfloat16" else 0
+    kept = sum(found[name] for name in ("parameters", "reference", "optimizer")) - copies
+    assert resting(TorchLearnerConfig(autocast=autocast), model, reference=True) == kept
 
 
 def test_micro_batches_bound_activations_and_chunks_the_logits():
