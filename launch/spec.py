@@ -1,6 +1,7 @@
 """The description of a cluster, as typed, frozen records, read from a YAML file and ``--set cluster.KEY=VALUE``."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,21 +19,39 @@ from alignment.recipe_yaml import parse_override, read_file
 OWN_OPTIONS = {
     "nodes": "nodes",
     "gpus-per-node": "gpus_per_node",
+    "gpus": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "gpus-per-socket": "gpus_per_node",
     "cpus-per-task": "cpus_per_node",
+    "cpus-per-gpu": "cpus_per_node",
     "exclusive": "cpus_per_node",
+    "oversubscribe": "cpus_per_node",
+    "share": "cpus_per_node",
     "partition": "slurm.partition",
     "account": "slurm.account",
     "qos": "slurm.qos",
     "time": "slurm.time",
     "signal": "deadlines.save_s",
     "requeue": "slurm.max_requeues",
+    "no-requeue": "slurm.max_requeues",
     "job-name": "the recipe's run.name",
     "output": "the launch folder",
+    "error": "the launch folder",
     "open-mode": "the launch folder",
     "chdir": "the working directory",
     "ntasks": "nodes",
     "ntasks-per-node": "nodes",
+    "ntasks-per-gpu": "nodes",
+    "ntasks-per-socket": "nodes",
+    "ntasks-per-core": "nodes",
+    "array": "what a launch is, one job",
+    "wrap": "what a launch is, a script of its own",
     "wait": "--wait of align launch",
+    "test-only": "--dry-run of align launch",
+    "parsable": "the launch",
+    "container": "container",
+    "container-image": "container.image",
+    "container-mounts": "container.mounts",
 }
 """Options of sbatch that follow from something else, and from what."""
 OWN_VARIABLES = re.compile(r"RAY_(ADDRESS|AUTH_\w+)|SLURM_\w+")
@@ -90,9 +109,16 @@ class Slurm(Section):
         for line in value:
             if not re.match(r"--[a-z]", line) or "\n" in line:
                 raise ValueError(f"'{line}' is no option of sbatch in its long form, such as --constraint=h100")
-            name = re.split(r"[=\s]", line.removeprefix("--"), maxsplit=1)[0]
-            if name in OWN_OPTIONS:
-                raise ValueError(f"--{name} follows from {OWN_OPTIONS[name]}; change that")
+            try:
+                first, *others = shlex.split(line)
+            except ValueError as error:
+                raise ValueError(f"'{line}' cannot be read: {error}") from error
+            if second := next((word for word in others if word.startswith("-")), None):
+                raise ValueError(f"'{line}' is more than one option; write {second} as an entry of its own")
+            name = first.removeprefix("--").partition("=")[0]
+            # Slurm takes the beginning of a name for the name.
+            if own := next((own for own in (name, *OWN_OPTIONS) if own in OWN_OPTIONS and own.startswith(name)), None):
+                raise ValueError(f"--{name} follows from {OWN_OPTIONS[own]}; change that")
         return value
 
 

@@ -112,6 +112,35 @@ def test_what_the_launcher_sets_cannot_be_set(tmp_path):
     assert "RAY_ADDRESS is set by the launcher" in line
 
 
+@pytest.mark.parametrize(
+    ("option", "told_of"),
+    [
+        ("--no-requeue", "--no-requeue follows from slurm.max_requeues"),
+        ("--array=1-3", "--array follows from what a launch is, one job"),
+        ("--arr=1-3", "--arr follows from what a launch is, one job"),
+        ("--gpus=8", "--gpus follows from gpus_per_node"),
+        ("--nod 3", "--nod follows from nodes"),
+        ("--error=elsewhere", "--error follows from the launch folder"),
+        ("--oversubscribe", "--oversubscribe follows from cpus_per_node"),
+        ("--ntasks-per-gpu=1", "--ntasks-per-gpu follows from nodes"),
+        ("--wrap=true", "--wrap follows from what a launch is, a script of its own"),
+        ("--constraint=h100 --array=1-3", "is more than one option; write --array=1-3 as an entry of its own"),
+        ("--constraint=h100 -a 1-3", "is more than one option; write -a as an entry of its own"),
+        ("--comment='a", "cannot be read"),
+    ],
+)
+def test_options_that_contradict_the_launcher_are_refused(tmp_path, option, told_of):
+    (line,) = told(write(tmp_path, f"slurm: {{extra: [{json.dumps(option)}]}}"))
+    assert told_of in line, line
+
+
+@pytest.mark.parametrize(
+    "option", ["--constraint h100", "--comment='a --b'", "--gres=tmp:1", "--exclude=n1", "--hint=x"]
+)
+def test_other_options_are_taken(tmp_path, option):
+    assert load_cluster(write(tmp_path, f"slurm: {{extra: [{json.dumps(option)}]}}"))[0].slurm.extra == (option,)
+
+
 def test_the_token_s_path_is_relative_to_who_says_it(tmp_path):
     spec, _ = load_cluster(write(tmp_path, "ray: {address: 'a:1', token_file: token}"))
     assert spec.ray.token_file == str(tmp_path / "token")
