@@ -7,6 +7,7 @@ and exits with 69. A SIGTERM before the command has begun exits with 75: nothing
 import argparse
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -26,6 +27,17 @@ class NoCluster(UserError):
     """The nodes are not there."""
 
     exit_code = UNAVAILABLE
+
+
+def address_of(text: str) -> str:
+    """``text``, which is HOST:PORT.
+
+    Raises:
+        NoCluster: It is not.
+    """
+    if not re.fullmatch(r"[^\s/]+:\d{1,5}", text) or int(text.rpartition(":")[2]) > 65535:
+        raise NoCluster(f"RAY_ADDRESS has to be HOST:PORT of the head of a Ray cluster, and is '{text}'")
+    return text
 
 
 def wait_for_nodes(address: str, nodes: int, timeout_s: float, watch: Path | None = None) -> list[str]:
@@ -98,11 +110,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", nargs="+")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)
-    address = os.environ.get("RAY_ADDRESS", "")
-    if ":" not in address:
-        sys.stderr.write("align launch: RAY_ADDRESS has to be HOST:PORT of a Ray cluster\n")
-        return UNAVAILABLE
     try:
+        address = address_of(os.environ.get("RAY_ADDRESS", ""))
         joined = wait_for_nodes(address, given.nodes, given.timeout_s, given.watch)
     except NoCluster as error:
         sys.stderr.write(f"align launch: {error}\n")

@@ -4,10 +4,12 @@ With ``--wait`` it shows the job's output and exits as the job does. Ctrl-C then
 """
 
 import argparse
+import asyncio
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 UNAVAILABLE = 69
@@ -42,25 +44,45 @@ def submit(address: str, name: str, workdir: str, command: Sequence[str], save_s
 
 def follow(client: Any, job: str) -> int:
     """Writes the job's output as it comes and gives its exit code."""
-    shown = 0
+    output = _Output()
     lost_at: float | None = None
     while True:
+        before = output.shown
         try:
-            info, text = client.get_job_info(job), client.get_job_logs(job)
+            asyncio.run(_tail(client, job, output))
+            info = client.get_job_info(job)
+            if info.status.is_terminal():
+                return _exit_code(info)
             lost_at = None
-        except (ConnectionError, RuntimeError) as error:
-            lost_at = lost_at or time.monotonic()
+        except Exception as error:  # whatever a connection can break with
+            lost_at = time.monotonic() if lost_at is None or output.shown > before else lost_at
             if time.monotonic() - lost_at > LOST_S:
                 sys.stderr.write(f"align launch: no answer from the job server for {LOST_S:g} s: {error}\n")
                 return UNAVAILABLE
-            time.sleep(POLL_S)
-            continue
-        sys.stdout.write(text[shown:])
-        sys.stdout.flush()
-        shown = max(shown, len(text))
-        if info.status.is_terminal():
-            return _exit_code(info)
         time.sleep(POLL_S)
+
+
+@dataclass
+class _Output:
+    """What was shown of a job's output. A connection that is made again begins at its beginning."""
+
+    shown: int = 0
+    """Characters."""
+
+    def write(self, text: str, at: int) -> int:
+        """Shows what of ``text``, whose first character is number ``at``, is new; the number of the next character."""
+        end = at + len(text)
+        sys.stdout.write(text[max(0, self.shown - at) :])
+        sys.stdout.flush()
+        self.shown = max(self.shown, end)
+        return end
+
+
+async def _tail(client: Any, job: str, output: _Output) -> None:
+    """Shows the job's output until it ends, or the connection does."""
+    at = 0
+    async for text in client.tail_job_logs(job):
+        at = output.write(text, at)
 
 
 def _exit_code(info: Any) -> int:

@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch import submit
 from launch.nodes import NoCluster, wait_for_nodes
 from launch.plan import Job, Launch
 from launch.ray_jobs import render_ray
@@ -113,6 +115,16 @@ def test_no_head_is_an_error_that_names_it():
         wait_for_nodes(address, 1, 0.1)
 
 
+@pytest.mark.parametrize("address", ["", "head", "head:port", "head:", ":6379", "head:99999", "http://head:1"])
+def test_an_address_that_is_none_is_an_error_that_shows_it(address):
+    command = [sys.executable, "-m", "launch.nodes", "--nodes=1", "--timeout-s=5", "--", "true"]
+    done = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, text=True, capture_output=True)
+    assert done.returncode == 69
+    assert done.stderr == (
+        f"align launch: RAY_ADDRESS has to be HOST:PORT of the head of a Ray cluster, and is '{address}'\n"
+    )
+
+
 def test_a_node_that_could_not_start_ends_the_waiting(tmp_path):
     (tmp_path / "ended.n7").write_text("1\n")
     with pytest.raises(NoCluster, match=r"Ray on n7 ended with exit code 1 before training began; see .*worker-n7.log"):
@@ -160,6 +172,40 @@ def test_a_job_that_is_stopped_has_time_to_save(tmp_path, head):
     client.stop_job(job)
     wait_for(lambda: client.get_job_info(job).status.is_terminal(), "the job's end", 60)
     assert (tmp_path / "state.json").exists()
+
+
+class Server:
+    """A job server, as its client shows it, whose connections break, each after so much."""
+
+    def __init__(self, *connections: list[str | Exception], breaks_for_good: bool = False) -> None:
+        self.connections, self.breaks_for_good = list(connections), breaks_for_good
+
+    async def tail_job_logs(self, _job: str):
+        if self.breaks_for_good:
+            raise OSError("no route")
+        for part in self.connections.pop(0):
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    def get_job_info(self, _job: str):
+        ended = SimpleNamespace(is_terminal=lambda: not self.connections)
+        return SimpleNamespace(status=ended, driver_exit_code=3)
+
+
+def test_the_output_of_a_job_is_shown_once_whatever_breaks(capsys, monkeypatch):
+    monkeypatch.setattr(submit, "POLL_S", 0.0)
+    broken = RuntimeError("WebSocket connection closed unexpectedly")
+    server = Server(["one\ntw", "o\n", broken], [broken], ["one\n", "two\nthr", "ee\n"])
+    assert submit.follow(server, "job") == 3
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_a_job_server_that_stays_away_is_given_up(capsys, monkeypatch):
+    monkeypatch.setattr(submit, "POLL_S", 0.0)
+    monkeypatch.setattr(submit, "LOST_S", 0.05)
+    assert submit.follow(Server(breaks_for_good=True), "job") == 69
+    assert "no answer from the job server for 0.05 s: no route" in capsys.readouterr().err
 
 
 @pytest.mark.full  # Ray tries for 20 s
