@@ -15,7 +15,7 @@ launches exactly those again.
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from alignment.types import Context, Group, Prompt, RoleHandle, SamplingParams, 
 
 SCORING_S = 0.01
 """Longest wait for a completion while the scorer is at work."""
+SCORER_S = 0.1
+"""Between two looks at whether to stop, while only the scorer is at work."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,9 @@ class Collector:
         self._scoring, self._ready = (self._ready, score), []
 
     def _judge(self, flights: Sequence[_Flight], scored: Future[list[Group]]) -> None:
-        """Takes the scorer's answer, and lets the curricula keep or drop."""
+        """Takes the scorer's answer, once it is there, and lets the curricula keep or drop."""
+        while not wait([scored], SCORER_S).done:
+            self.player.check()
         for flight, group in zip(flights, scored.result(), strict=True):
             flight.group, flight.dropped_by = group, keeps(self.curricula, self._states, group)
             self._dropped += flight.dropped_by is not None

@@ -5,6 +5,7 @@ groups' uids. Uids count launches, so every number below ``launched`` is in exac
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +51,13 @@ class Ledger:
         for line in lines:
             dropped = {int(uid): f"dropped by {by}" for uid, by in line["dropped"].items()}
             fates = dict.fromkeys(line["trained"], "trained") | dropped
-            if twice := sorted(found.keys() & fates.keys()):
+            settled = [*line["trained"], *dropped]
+            if twice := sorted((found.keys() & fates.keys()) | {uid for uid, n in Counter(settled).items() if n > 1}):
                 raise ValueError(f"{self.path}: step {line['step']} uses groups {twice} a second time")
             found |= fates
         if lines:
+            if twice := sorted(found.keys() & set(lines[-1]["in_flight"])):
+                raise ValueError(f"{self.path}: groups {twice} are settled and in flight")
             found |= dict.fromkeys(lines[-1]["in_flight"], "in flight")
             if lost := sorted(set(range(lines[-1]["launched"])) - found.keys()):
                 raise ValueError(f"{self.path}: nobody knows what became of groups {lost}")

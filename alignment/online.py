@@ -42,7 +42,7 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         objective = Objective.of(algorithm, states)
         slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.data.demonstrations, context)
         lag = staleness(slots["rl"], state.step)
-        with phases("annotate"):
+        with phases("annotate"), job.meanwhile(collector.pump):
             needs = objective.needs(staleness=lag) | algorithm.needs | learner.needs
             batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
         with phases("credit"):

@@ -70,7 +70,7 @@ class _Episode:
 
 @dataclass(frozen=True)
 class Player:
-    """Plays episodes of one environment. ``check`` is called at each completion and may raise to stop early."""
+    """Plays episodes of one environment. ``check`` is called at each look and may raise to stop early."""
 
     sampler: Sampler
     tokenizer: Tokenizer
@@ -123,8 +123,7 @@ class Player:
                 player.finished.append(group)
         if following:
             self.sampler.add(following)
-        for _ in completions:
-            self.check()
+        self.check()
 
     def abandon(self, groups: Sequence["Playing"]) -> None:
         """Forgets what is still in flight of these groups."""

@@ -25,6 +25,8 @@ class Received:
     """:func:`alignment.engines.checksum.checksum` of every tensor that arrived."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By name; so that an error can say which tensor is missing or has another shape."""
+    unchanged_in: str = field(default="", compare=False)
+    """Where new weights came, and none of those that are kept differs from before: the type in which they are kept."""
 
 
 @runtime_checkable

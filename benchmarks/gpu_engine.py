@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -75,9 +75,20 @@ class Apart:
     def __init__(self, *peers: EnginePeer) -> None:
         self.engines = list(peers)
 
+    losses = 0
+
     def peers(self) -> list[EnginePeer]:
         """One per engine."""
         return list(self.engines)
+
+    def watch(self) -> None:
+        """None is replaced here."""
+
+    def idle(self) -> None:
+        """Nothing to do."""
+
+    def updated(self, version: int, buckets: Sequence[Any] = (), again: Any = None) -> None:
+        """They have the weights; none starts later."""
 
     def close(self) -> None:
         """Ends their processes."""

@@ -9,16 +9,18 @@ Handles of memory are opened by other processes only, so a learner and an engine
 ``expandable_segments`` of PyTorch's allocator must be off in the learner's ranks: such memory cannot be lent.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.engines.transport import Patience, done, update_weights
+from alignment.engines.fleet import fleet_of, publish_to
+from alignment.engines.transport import Patience, Published, done, update_weights
 from alignment.engines.transport_config import IpcTransportConfig
-from alignment.engines.transport_ends import MEBI, Peer, WeightStream, first_of, learner_peers, sampler_peers, together
+from alignment.engines.transport_ends import MEBI, Peer, WeightStream, first_of, learner_peers, together
 from alignment.engines.vllm_transfer import EngineTarget, by_alignment, described, engine_gpus, own_device, rank_gpu
 from alignment.errors import UserError
 from alignment.sampling import Received
@@ -129,7 +131,7 @@ class IpcTransport:
 
     Args:
         learner: In this process, or with ``peers()``, one per rank.
-        sampler: A :class:`~alignment.engines.transport_ends.Fleet`.
+        sampler: A :class:`~alignment.engines.fleet.Fleet`.
         config: Options.
 
     Raises:
@@ -137,31 +139,31 @@ class IpcTransport:
     """
 
     def __init__(self, learner: Any, sampler: Any, config: IpcTransportConfig) -> None:
-        self.config, self.sampler = config, sampler
-        self.ranks = learner_peers(learner)
-        self.idle: Callable[[], None] = getattr(sampler, "idle", lambda: None)
+        self.fleet, self.config, self.ranks = fleet_of(sampler, "ipc"), config, learner_peers(learner)
         self.joined: list[Peer] = []
         self.last: Received | None = None
-        sampler_peers(sampler, "ipc")
 
     def publish(self, version: int) -> dict[str, float]:
         """Makes the learner's weights of now the engines', as policy ``version``.
 
         Raises:
-            EngineFailed: See :func:`alignment.engines.transport.update_weights`.
+            EngineFailed: See :func:`alignment.engines.fleet.publish_to`.
             UserError: An engine has a GPU on which no rank of the learner works.
         """
-        patience = Patience(f"publishing policy version {version}", self.config.timeout_s, self.idle)
-        peers = sampler_peers(self.sampler, "ipc")
-        if peers != self.joined:
+        published = publish_to(self.fleet, version, self.config.timeout_s, partial(self._update, version))
+        self.last = published.sent
+        self.fleet.updated(version, again=self.publish)
+        return published.metrics
+
+    def _update(self, version: int, peers: Sequence[Peer], patience: Patience) -> Published:
+        if list(peers) != self.joined:
             self._check(peers, patience)
         info = [None if peer in self.joined else {"packed": True} for peer in peers]
         targets = [EngineTarget(p, "ipc", self.config.timeout_s, i) for p, i in zip(peers, info, strict=True)]
         published = update_weights(IpcSender(self.ranks, self.config), targets, version, patience, self.last)
-        self.joined, self.last = peers, published.sent
+        self.joined = list(peers)
         patience.wait("take lent memory back", [(r.name, r.call(rank_release)) for r in self.ranks])
-        self.sampler.updated(version)
-        return published.metrics
+        return published
 
     def _check(self, peers: Sequence[Peer], patience: Patience) -> None:
         own = patience.wait("name its GPU", [(r.name, r.call(rank_gpu)) for r in self.ranks])

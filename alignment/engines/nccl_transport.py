@@ -5,23 +5,26 @@ ranks of the learner take part in gathering only. The group is made by the first
 replaced or an update failed: a broadcast that one member left half way cannot be taken up again.
 
 On either side a broadcast knows no deadline of its own, so each is watched, and the group is given up when it lasts
-longer than the whole update may: no process is left waiting on its GPU.
+longer than a third of what the whole update may take: no process is left waiting on its GPU, and when that was because
+a member died, there is time for another attempt.
 """
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from alignment.engines.fleet import fleet_of, publish_to
 from alignment.engines.transport import Patience, Published, done, update_weights
 from alignment.engines.transport_config import NcclTransportConfig
-from alignment.engines.transport_ends import MEBI, Peer, WeightStream, first_of, learner_peers, sampler_peers, together
+from alignment.engines.transport_ends import MEBI, Peer, WeightStream, first_of, learner_peers, together
 from alignment.engines.vllm_transfer import (
     EngineTarget,
     by_alignment,
@@ -150,6 +153,11 @@ class Rendezvous:
         return {"master_address": self.address, "master_port": self.port, "world_size": 1 + sum(self.sizes)}
 
 
+def bucket_s(config: NcclTransportConfig) -> float:
+    """How long one broadcast may take."""
+    return config.timeout_s / 3
+
+
 class NcclSender:
     """The learner's end: all ranks gather, the first sends."""
 
@@ -167,7 +175,7 @@ class NcclSender:
         return first_of(together(calls))
 
     def send(self, bucket: Any) -> Future[None]:
-        return self.ranks[0].call(rank_send, self.config.bucket_mb, self.config.timeout_s)
+        return self.ranks[0].call(rank_send, self.config.bucket_mb, bucket_s(self.config))
 
     def finish(self, version: int) -> Future[Received]:
         return first_of(together([(rank.name, rank.call(rank_finish, version)) for rank in self.ranks]))
@@ -182,7 +190,7 @@ class NcclTransport:
 
     Args:
         learner: In this process, or with ``peers()``, one per rank.
-        sampler: A :class:`~alignment.engines.transport_ends.Fleet`.
+        sampler: A :class:`~alignment.engines.fleet.Fleet`.
         config: Options.
 
     Raises:
@@ -190,33 +198,32 @@ class NcclTransport:
     """
 
     def __init__(self, learner: Any, sampler: Any, config: NcclTransportConfig) -> None:
-        self.config, self.sampler = config, sampler
-        self.ranks = learner_peers(learner)
-        self.idle: Callable[[], None] = getattr(sampler, "idle", lambda: None)
+        self.fleet, self.config, self.ranks = fleet_of(sampler, "nccl"), config, learner_peers(learner)
         self.joined: list[Peer] = []
         self.last: Received | None = None
-        sampler_peers(sampler, "nccl")
 
     def publish(self, version: int) -> dict[str, float]:
         """Makes the learner's weights of now the engines', as policy ``version``.
 
         Raises:
-            EngineFailed: See :func:`alignment.engines.transport.update_weights`; the next call makes a new group.
+            EngineFailed: See :func:`alignment.engines.fleet.publish_to`; the next attempt makes a new group.
             UserError: A GPU is to hold two members of the group.
         """
-        patience = Patience(f"publishing policy version {version}", self.config.timeout_s, self.idle)
-        peers = sampler_peers(self.sampler, "nccl")
-        meeting = None if peers == self.joined else self._meeting(peers, patience)
-        timeout_s, bucket_mb = self.config.timeout_s, self.config.bucket_mb
+        published = publish_to(self.fleet, version, self.config.timeout_s, partial(self._update, version))
+        self.last = published.sent
+        self.fleet.updated(version, again=self.publish)
+        return published.metrics
+
+    def _update(self, version: int, peers: Sequence[Peer], patience: Patience) -> Published:
+        meeting = None if list(peers) == self.joined else self._meeting(peers, patience)
+        timeout_s, bucket_mb = bucket_s(self.config), self.config.bucket_mb
         infos = [None if meeting is None else meeting.init_info(i, bucket_mb) for i in range(len(peers))]
         targets = [EngineTarget(p, "nccl", timeout_s, info) for p, info in zip(peers, infos, strict=True)]
         self.joined = []
-        published: Published = update_weights(
-            NcclSender(self.ranks, self.config, meeting), targets, version, patience, self.last
-        )
-        self.joined, self.last = peers, published.sent
-        self.sampler.updated(version)
-        return published.metrics
+        sender = NcclSender(self.ranks, self.config, meeting)
+        published = update_weights(sender, targets, version, patience, self.last)
+        self.joined = list(peers)
+        return published
 
     def _meeting(self, peers: Sequence[Peer], patience: Patience) -> Rendezvous:
         gpus = patience.wait("name its GPUs", [(p.name, p.call(engine_gpus)) for p in peers])

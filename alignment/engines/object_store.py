@@ -4,26 +4,22 @@ The references are kept until the next update, so that an engine that starts mea
 has to hold a copy of the weights therefore, and two while an update is under way.
 """
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import ray
 
+from alignment.engines.fleet import fleet_of, publish_to
 from alignment.engines.packed import pack
-from alignment.engines.ray_sampler import EnginePeer, RaySampler
 from alignment.engines.rollout_engine import begin, end, load_packed
-from alignment.engines.transport import Patience, done, update_weights
+from alignment.engines.transport import Patience, Published, done, update_weights
 from alignment.engines.transport_config import ObjectStoreTransportConfig
 from alignment.engines.transport_ends import Form, Peer, WeightStream, first_of, learner_peers, together
-from alignment.errors import EngineFailed, UserError
 from alignment.sampling import Received
-
-PAUSE_S = 0.1
-"""Between two looks at whether an engine is there again."""
 
 _streams: "WeakKeyDictionary[Any, WeightStream]" = WeakKeyDictionary()
 """By the learner's rank that lives in this process: the pass over its weights that is under way."""
@@ -85,7 +81,7 @@ class StoreSender:
 class StoreTarget:
     """One engine's end. It stops between two steps when the update begins, and goes on when it has ended."""
 
-    def __init__(self, peer: EnginePeer, kept: list[Any]) -> None:
+    def __init__(self, peer: Peer, kept: list[Any]) -> None:
         self.peer, self.name, self.kept = peer, peer.name, kept
 
     def connect(self) -> Future[None]:
@@ -120,49 +116,29 @@ class ObjectStoreTransport:
 
     Args:
         learner: In this process, or with ``peers()``, one per rank.
-        sampler: Engines that are actors.
+        sampler: A :class:`~alignment.engines.fleet.Fleet` of Ray actors.
         config: Options.
 
     Raises:
         UserError: The engines live in this process.
     """
 
-    def __init__(self, learner: Any, sampler: RaySampler, config: ObjectStoreTransportConfig) -> None:
-        if not isinstance(sampler, RaySampler):
-            raise UserError(
-                "transport object_store brings weights to engines that are processes; use transport: memory"
-            )
-        self.sampler, self.config, self.ranks = sampler, config, learner_peers(learner)
+    def __init__(self, learner: Any, sampler: Any, config: ObjectStoreTransportConfig) -> None:
+        self.fleet, self.config, self.ranks = fleet_of(sampler, "object_store"), config, learner_peers(learner)
         self.last: Received | None = None
 
     def publish(self, version: int) -> dict[str, float]:
         """Makes the learner's weights of now the engines', as policy ``version``.
 
-        When an engine dies meanwhile, the update begins anew with those that are left.
-
         Raises:
-            EngineFailed: A rank failed, an end was late, no engine is left, or what arrived is not what was sent.
+            EngineFailed: See :func:`alignment.engines.fleet.publish_to`.
         """
-        patience = Patience(f"publishing policy version {version}", self.config.timeout_s, self.sampler.idle)
-        while True:
-            kept: list[Any] = []
-            targets = [StoreTarget(peer, kept) for peer in self._peers(patience)]
-            try:
-                published = update_weights(StoreSender(self.ranks, self.config), targets, version, patience, self.last)
-            except EngineFailed:
-                if self.sampler.check():  # all engines live: it is something else
-                    raise
-                continue
-            self.sampler.updated(version, kept)
-            self.last = published.sent
-            return published.metrics
+        published, kept = publish_to(self.fleet, version, self.config.timeout_s, partial(self._update, version))
+        self.last = published.sent
+        self.fleet.updated(version, kept)
+        return published.metrics
 
-    def _peers(self, patience: Patience) -> list[EnginePeer]:
-        """The engines that serve; at least one, which is waited for where all had to be replaced."""
-        while not (peers := self.sampler.peers()):
-            if time.monotonic() > patience.deadline:
-                raise EngineFailed(f"{patience.purpose}: no rollout engine was there within {patience.timeout_s:g} s")
-            self.sampler.check()
-            patience.idle()
-            time.sleep(PAUSE_S)
-        return peers
+    def _update(self, version: int, peers: Sequence[Peer], patience: Patience) -> tuple[Published, list[Any]]:
+        kept: list[Any] = []
+        targets = [StoreTarget(peer, kept) for peer in peers]
+        return update_weights(StoreSender(self.ranks, self.config), targets, version, patience, self.last), kept

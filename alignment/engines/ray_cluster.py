@@ -124,18 +124,26 @@ class RayCluster:
         return handles
 
     def engine_actors(
-        self, cls: type, count: int, *args: Any, environment: Mapping[str, str] | None = None, concurrency: int = 1
+        self,
+        cls: type,
+        count: int,
+        *args: Any,
+        environment: Mapping[str, str] | None = None,
+        threads: Mapping[str, int] | None = None,
     ) -> list[Any]:
         """One actor of ``cls(*args)`` for each engine, ready; see :meth:`engine_actor`."""
         assert count == len(self._engine_slots), f"room was made for {len(self._engine_slots)} engines, not {count}"
-        handles = [
-            self.engine_actor(i, cls, *args, environment=environment, concurrency=concurrency) for i in range(count)
-        ]
+        handles = [self.engine_actor(i, cls, *args, environment=environment, threads=threads) for i in range(count)]
         self.await_ready(handles, "the engines to start")
         return handles
 
     def engine_actor(
-        self, index: int, cls: type, *args: Any, environment: Mapping[str, str] | None = None, concurrency: int = 1
+        self,
+        index: int,
+        cls: type,
+        *args: Any,
+        environment: Mapping[str, str] | None = None,
+        threads: Mapping[str, int] | None = None,
     ) -> Any:
         """An actor of ``cls(*args)`` in the place of engine ``index``, which nothing else may be in; not yet ready.
 
@@ -147,7 +155,8 @@ class RayCluster:
             cls: Of a module that every process can import.
             args: For the constructor.
             environment: More variables of the process.
-            concurrency: Calls that it serves at once, each in a thread.
+            threads: By the names of ``ray.method(concurrency_group=...)``, how many calls of those run at once, beside
+                all others, which run one after another in the order in which they were made.
         """
         variables = dict(environment or {})
         if (parallel := self.needs.tensor_parallel) > 1:
@@ -157,7 +166,11 @@ class RayCluster:
                 "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without a GPU would be shown none
             }
         name, slot = f"engine {index}", self._engine_slots[index]
-        return self._create(name, cls, args, slot, variables, concurrency, holds_device=parallel == 1)
+        return self._create(name, cls, args, slot, variables, threads, holds_device=parallel == 1)
+
+    def arrived(self, actor: Any, place: Place) -> None:
+        """Takes note of where an actor lives: what its ``align_place`` returned."""
+        self.places[_id(actor)] = place
 
     def await_ready(self, handles: Sequence[Any], what: str, idle: Callable[[], None] | None = None) -> None:
         """Waits until the constructors of ``handles`` are done.
@@ -168,7 +181,7 @@ class RayCluster:
         """
         refs = [handle.align_place.remote() for handle in handles]
         for handle, place in zip(handles, self.wait(refs, what, self.config.start_timeout_s, idle), strict=True):
-            self.places[_id(handle)] = place
+            self.arrived(handle, place)
 
     def wait(
         self, refs: Sequence[Any], what: str, timeout_s: float, idle: Callable[[], None] | None = None
@@ -262,7 +275,7 @@ class RayCluster:
         args: Sequence[Any],
         slot: _Slot,
         environment: Mapping[str, str],
-        concurrency: int = 1,
+        threads: Mapping[str, int] | None = None,
         holds_device: bool = True,
     ) -> Any:
         share = self.needs.share()
@@ -272,12 +285,12 @@ class RayCluster:
             "num_gpus": share["GPU"] if holds_device else 0,
             "scheduling_strategy": strategy,
             "runtime_env": {"env_vars": {**self._environment(slot), **environment}},
-            "max_concurrency": concurrency,
             "max_restarts": 0,
             "max_task_retries": 0,
         }
         packed = (Preparation(self.site.folders, self.site.plugins), tuple(args))
-        actor = ray.remote(hosted(cls)).options(**options).remote(packed)
+        remote: Any = ray.remote(concurrency_groups=dict(threads)) if threads else ray.remote  # pyright: ignore
+        actor = remote(hosted(cls)).options(**options).remote(packed)
         self._names[_id(actor)] = name
         self._actors.append(actor)
         return actor

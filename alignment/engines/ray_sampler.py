@@ -1,9 +1,9 @@
-"""vLLM on a cluster: engines that are actors behind one queue, watched, and replaced when they die.
+"""vLLM on a cluster: engines that are actors behind one queue, watched, and replaced when they are lost.
 
-An engine answers ``take`` all the time, with completions or without. One that does not for ``heartbeat_s`` is stopped
-or stuck, and is killed; one that died is noticed at once. What it had goes back into the queue, and another takes its
-place. That one gets the weights of the last update before its first request. An engine never serves with old weights:
-an update that it missed, or left half way, keeps it out until it has caught up.
+An engine answers ``take`` all the time, with completions or without. One that does not for ``heartbeat_s``, or whose
+one step takes as long, is stuck, and is killed; one that died or failed is noticed at once. What it had goes back into
+the queue, and another takes its place, which gets the current weights before its first request: an engine serves only
+with the weights of the last update, so one that it missed, or left half way, keeps it out until it has caught up.
 """
 
 import logging
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from alignment.engines.config import Site
 from alignment.engines.ray_process import ending
-from alignment.engines.rollout_engine import RolloutEngine
+from alignment.engines.rollout_engine import RolloutEngine, close, sleep, wake
 from alignment.engines.routing import Router
 from alignment.engines.vllm_config import VllmSamplerConfig
 from alignment.engines.vllm_spec import EngineSpec
@@ -29,26 +29,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 POLL_S = 0.1
 """How often waiting looks up from what it waits for."""
-CALLS = 8
-"""That an actor serves at once, each in a thread: orders, a ``take``, and room for both to overlap."""
-
+THREADS = {"watch": 1}
+"""Of an actor, beside the one that takes orders: see :meth:`RolloutEngine.take`."""
 TIDY_S = 5.0
 """How long engines may take to remove what they left on disk."""
-
-
-@dataclass(eq=False)
-class _Engine:
-    """One engine in one place. It serves while it has a ``take``."""
-
-    index: int
-    actor: Any
-    ready: Any = None
-    """While it starts: the reference to wait for."""
-    catching_up: tuple[int, Any] | None = None
-    """While it gets the weights of a version that others have: that version, and the reference to wait for."""
-    take: Any = None
-    heard: float = 0.0
-    """When it last gave a sign of life, by the monotonic clock."""
 
 
 class EnginePeer:
@@ -58,8 +42,28 @@ class EnginePeer:
         self.actor, self.name = actor, name
 
     def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Runs ``function(engine, *args)`` there between two steps."""
+        """Runs ``function(engine, *args)`` there between two steps, after all that was called before."""
         return self.actor.call.remote(function, *args).future()
+
+
+@dataclass(eq=False)
+class _Engine:
+    """One engine in one place. It serves while the router knows it."""
+
+    index: int
+    actor: Any
+    ready: Any = None
+    """While it starts: the reference to wait for."""
+    peer: EnginePeer | None = None
+    """Once it is ready."""
+    take: Any = None
+    """Once it is ready: what it answers all the time."""
+    heard: float = 0.0
+    """When it last gave a sign of life, by the monotonic clock."""
+    catching_up: tuple[int, Any, float] | None = None
+    """While it gets the weights of a version that others have: that version, the reference to wait for, and since when.
+    """
+    sleeps: bool = False
 
 
 class RaySampler:
@@ -83,18 +87,21 @@ class RaySampler:
         self.router = Router((), config.max_num_seqs)
         self.version: int | None = None
         """Of the policy that samples; None before the first update."""
-        self.latest: tuple[Any, ...] = ()
-        """References to packed buckets of its weights, where the transport keeps them."""
-        self._updating: list[_Engine] = []
-        """Those that took part in the last update."""
         self.endings: list[str] = []
-        """How engines ended that had to be replaced."""
+        """How engines ended that were lost."""
+        self.asleep = False
+        self._buckets: tuple[Any, ...] = ()
+        self._again: Callable[[int], object] | None = None
+        self._updating: Sequence[_Engine] = ()
+        """Those that :meth:`peers` named last."""
+        self._places: list[int] = []
+        """Whose engine was lost while all slept: the memory of the GPU is the learner's, so they start later."""
         self._early: list[Completion] = []
         """Completions that were met while looking after something else."""
-        actors = self.cluster.engine_actors(RolloutEngine, config.engines, self.spec, concurrency=CALLS)
+        actors = self.cluster.engine_actors(RolloutEngine, config.engines, self.spec, threads=THREADS)
         self.engines = {index: _Engine(index, actor) for index, actor in enumerate(actors)}
         for engine in self.engines.values():
-            self._serve(engine)
+            self._listen(engine)
 
     # Requests
 
@@ -111,6 +118,8 @@ class RaySampler:
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
         """What finished since the last call; waits for the first, at most ``timeout_s``. Empty when nothing is pending.
 
+        Who waits here has nothing else to do, and neither has the learner: then an engine that lacks weights gets them.
+
         Raises:
             EngineFailed: No engine is left, and none may be started any more; says how each ended.
             FloatingPointError: The model's logits are not finite.
@@ -125,6 +134,7 @@ class RaySampler:
             over = deadline is not None and time.monotonic() >= deadline
             if completions or not self.router.pending or over:
                 return completions
+            self._bring_weights()
             self.site.idle()
 
     def abort(self, ids: Collection[str]) -> None:
@@ -136,185 +146,200 @@ class RaySampler:
 
     def close(self) -> None:
         """Ends all engines, which may tidy up for a moment; may be called twice."""
-        tidied = [e.actor.call.remote(_close) for e in self.engines.values() if e.take is not None]
+        tidied = [e.actor.call.remote(close) for e in self.engines.values() if e.peer]
         if tidied:
             ray.wait(tidied, num_returns=len(tidied), timeout=TIDY_S)
         while self.engines:
             self.cluster.kill(self.engines.popitem()[1].actor)
 
+    # As a fleet, for transports
+
+    @property
+    def losses(self) -> int:
+        """Engines that were lost so far."""
+        return len(self.endings)
+
+    def peers(self) -> list[EnginePeer]:
+        """The engines that can be updated."""
+        self._updating = [engine for engine in self.engines.values() if engine.peer]
+        return [engine.peer for engine in self._updating if engine.peer]
+
+    def watch(self) -> None:
+        """Looks after engines that died or hang.
+
+        Raises:
+            EngineFailed: None is left, and none may be started any more; says how each ended.
+        """
+        self._early += self._look(0.0)
+
     def idle(self) -> None:
         """For whoever waits for these engines."""
         self.site.idle()
 
-    # For transports
-
-    def peers(self) -> list[EnginePeer]:
-        """The engines that can be updated, for a transport."""
-        self._updating = [engine for engine in self.engines.values() if engine.take is not None]
-        return [EnginePeer(e.actor, self.cluster.name_of(e.actor)) for e in self._updating]
-
-    def check(self) -> bool:
-        """Looks after engines that died or are stuck; whether all that served still do."""
-        before = len(self.endings)
-        self._early += self._look(0.0)
-        return len(self.endings) == before
-
-    def updated(self, version: int, buckets: Sequence[Any] = ()) -> None:
-        """All that :meth:`peers` named last have policy ``version`` now. Those that waited for weights serve.
-
-        Args:
-            version: Of the policy.
-            buckets: References to packed buckets of all its weights, with which an engine that starts later catches
-                up. Without them such an engine waits for the next update.
-        """
-        self.version, self.latest = version, tuple(buckets)
+    def updated(self, version: int, buckets: Sequence[Any] = (), again: Callable[[int], object] | None = None) -> None:
+        """All that :meth:`peers` named last have policy ``version``; see :class:`alignment.engines.fleet.Fleet`."""
+        self.version, self._buckets, self._again = version, tuple(buckets), again
         for engine in self._updating:
-            if engine is self.engines.get(engine.index) and engine.index not in self.router.loads:
-                self.router.join(engine.index)
+            if engine is self.engines.get(engine.index):
+                self._serve(engine)
         self._dispatch()
 
     def sleep(self) -> None:
-        """Every engine gives up the memory of its GPU."""
-        self._all(_sleep)
+        """Every engine gives up the memory of its GPU. One that is starting is waited for: it would take more of it."""
+        while any(engine.peer is None for engine in self.engines.values()):
+            self.watch()
+            self.site.idle()
+            time.sleep(POLL_S)
+        self.asleep = True
+        for engine in self._ask(list(self.engines.values()), sleep):
+            engine.sleeps = True
 
     def wake(self, what: Literal["weights", "cache"]) -> None:
-        """Every engine takes it again, for the weights first."""
-        self._all(_wake, what)
-
-    def _all(self, function: Callable[..., Any], *args: Any) -> None:
-        peers = self.peers()
-        refs = [peer.actor.call.remote(function, *args) for peer in peers]
-        self.cluster.wait(refs, "the engines to change sides", self.cluster.config.start_timeout_s)
+        """Every engine takes it again, for the weights first. What was lost meanwhile is replaced then."""
+        self.asleep = False
+        while self._places:
+            self._start(self._places.pop())
+        for engine in self._ask([e for e in self.engines.values() if e.sleeps], wake, what):
+            engine.sleeps = what == "weights"
 
     # Engines that come and go
 
+    def _ask(self, engines: Sequence[_Engine], function: Callable[..., Any], *args: Any) -> list[_Engine]:
+        """Runs a function in each; those that did it. The others were lost, and are replaced."""
+        refs = {engine.actor.call.remote(function, *args): engine for engine in engines}
+        done = []
+        while refs := {ref: e for ref, e in refs.items() if e is self.engines.get(e.index)}:
+            for ref in ray.wait(list(refs), num_returns=1, timeout=POLL_S)[0]:
+                engine = refs.pop(ref)
+                try:
+                    ray.get(ref)
+                    done.append(engine)
+                except RayError as error:
+                    self._replace(engine, error)
+            self.watch()
+            self.site.idle()
+        return done
+
     def _dispatch(self) -> None:
+        orders: dict[Any, list[Request]] = {}
         for index, requests in self.router.dispatch():
-            self.engines[index].actor.submit.remote(requests)  # pyright: ignore[reportArgumentType]
+            orders.setdefault(index, []).extend(requests)
+        for index, requests in orders.items():
+            self.engines[index].actor.submit.remote(requests)
 
     def _look(self, timeout_s: float) -> list[Completion]:
         """Completions that are there within ``timeout_s``, and a look after engines that are not."""
+        if not self.engines and not self._places:
+            self._give_up()
         takes = {e.take: e for e in self.engines.values() if e.take is not None}
         others = [r for e in self.engines.values() for r in (e.ready, e.catching_up and e.catching_up[1]) if r]
-        if not others and self.router.pending and not self.router.loads:
-            self._give_up()
-        ready, _ = ray.wait([*takes, *others], num_returns=1, timeout=timeout_s)
-        if len(takes) > 1 and ready:
-            ready, _ = ray.wait([*takes, *others], num_returns=len(takes) + len(others), timeout=0)
+        awaited = [*takes, *others]
+        ready = ray.wait(awaited, num_returns=1, timeout=timeout_s)[0] if awaited else []
+        if len(awaited) > 1 and ready:
+            ready = ray.wait(awaited, num_returns=len(awaited), timeout=0)[0]
         completions: list[Completion] = []
         for ref in ready:
             if (engine := takes.get(ref)) is not None and engine.take is ref:
                 completions += self._took(engine)
-        self._watch()
+        for engine in list(self.engines.values()):
+            try:
+                self._bring_on(engine)
+            except RayError as error:
+                self._replace(engine, error)
         self._dispatch()
         return completions
 
     def _took(self, engine: _Engine) -> list[Completion]:
         try:
             finished = ray.get(engine.take)
-        except RayActorError as death:
-            self._replace(engine, death)
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, (UserError, FloatingPointError)):
+                raise error.cause from error
+            self._replace(engine, error)
             return []
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, (UserError, FloatingPointError)) else error) from error
         self._listen(engine)
         return [completion for completion in finished if self.router.finished(completion)]
 
-    def _serve(self, engine: _Engine) -> None:
-        engine.ready = engine.catching_up = None
-        self.router.join(engine.index)
-        self._listen(engine)
-
     def _listen(self, engine: _Engine) -> None:
-        engine.heard = time.monotonic()
-        engine.take = engine.actor.take.remote(min(1.0, self.config.heartbeat_s / 4))
+        if engine.peer is None:
+            engine.peer = EnginePeer(engine.actor, self.cluster.name_of(engine.actor))
+        engine.heard, heartbeat_s = time.monotonic(), self.config.heartbeat_s
+        engine.take = engine.actor.take.remote(min(1.0, heartbeat_s / 4), heartbeat_s)
 
-    def _watch(self) -> None:
-        """Replaces what is stuck, and helps what starts on."""
-        for engine in list(self.engines.values()):
-            try:
-                if engine.take is not None:
-                    self._expect_life(engine)
-                else:
-                    self._bring_on(engine)
-            except RayError as error:
-                self._replace(engine, error)
-
-    def _expect_life(self, engine: _Engine) -> None:
-        if time.monotonic() - engine.heard <= self.config.heartbeat_s:
-            return
-        if ray.wait([engine.take], timeout=0)[0]:  # it answered, and nobody has looked
-            return
-        self._replace(engine, f"did not answer for {self.config.heartbeat_s:g} s")
+    def _serve(self, engine: _Engine) -> None:
+        engine.catching_up = None
+        if engine.index not in self.router.loads:
+            self.router.join(engine.index)
 
     def _bring_on(self, engine: _Engine) -> None:
-        """One step of an engine's way into service: ready, then with the newest weights."""
-        late = time.monotonic() - engine.heard > self.cluster.config.start_timeout_s
-        if late:
-            self._replace(engine, f"was not ready after {self.cluster.config.start_timeout_s:g} s")
-            return
+        """Looks after one engine: one step on its way into service (ready, then with the newest weights), then whether
+        it lives."""
+        limit_s = self.cluster.config.start_timeout_s
         if engine.ready is not None:
-            if not ray.wait([engine.ready], timeout=0)[0]:
-                return
-            try:
-                self.cluster.await_ready([engine.actor], "an engine to take the place of another")
-            except EngineFailed as error:
-                self._replace(engine, f"could not start: {error}")
-                return
-            engine.ready = None
+            if _is_there(engine.ready):
+                self.cluster.arrived(engine.actor, ray.get(engine.ready))
+                engine.ready = None
+                self._listen(engine)
+            elif time.monotonic() - engine.heard > limit_s:
+                self._replace(engine, f"was not ready after {limit_s:g} s")
+            return
+        if time.monotonic() - engine.heard > self.config.heartbeat_s and not _is_there(engine.take):
+            self._replace(engine, f"did not answer for {self.config.heartbeat_s:g} s")
         elif engine.catching_up is not None:
-            version, ref = engine.catching_up
-            if not ray.wait([ref], timeout=0)[0]:
-                return
-            ray.get(ref)
-            if self.version == version:
-                self._serve(engine)
-                return
-        if self.version is None:  # nothing was published yet
-            self._serve(engine)
-        elif not self.latest:
-            self._listen(engine)  # the transport keeps no weights: it gets those of the next update
-        else:
-            engine.catching_up = self.version, engine.actor.catch_up.remote(self.version, list(self.latest))
+            version, ref, since = engine.catching_up
+            if _is_there(ref):
+                ray.get(ref)
+                engine.catching_up = None
+                if version == self.version:
+                    self._serve(engine)
+            elif time.monotonic() - since > limit_s:
+                self._replace(engine, f"did not take the weights within {limit_s:g} s")
+        elif engine.index not in self.router.loads and self.version is not None and self._buckets:
+            ref = engine.actor.catch_up.remote(self.version, list(self._buckets))
+            engine.catching_up = self.version, ref, time.monotonic()
+
+    def _bring_weights(self) -> None:
+        """What waits for weights that no buckets hold gets them from the learner, as all others do again."""
+        if self._again is None or self.version is None or self.asleep:
+            return
+        if any(engine.peer and engine.index not in self.router.loads for engine in self.engines.values()):
+            self._again(self.version)
 
     def _replace(self, engine: _Engine, why: RayError | str) -> None:
-        """Ends an engine for good and starts another in its place.
+        """Ends an engine for good and starts another in its place; while all sleep, when they wake.
 
         Raises:
             EngineFailed: None may be started any more, and no other is left.
         """
         name = self.cluster.name_of(engine.actor)
-        reason = why if isinstance(why, str) else f"died: {ending(why, self.cluster.session.folder)}"
-        self.endings.append(f"{name} {reason}")
+        self.endings.append(f"{name} {why if isinstance(why, str) else self._reason(why)}")
         self.cluster.kill(engine.actor)
         self.router.leave(engine.index)
         del self.engines[engine.index]
         if len(self.endings) > self.config.max_restarts:
             log.warning("%s; it is not replaced (max_restarts: %d)", self.endings[-1], self.config.max_restarts)
-            if not self.engines:
+            if not self.engines and not self._places:
                 self._give_up()
             return
         log.warning("%s; another one takes its place", self.endings[-1])
-        actor = self.cluster.engine_actor(engine.index, RolloutEngine, self.spec, concurrency=CALLS)
-        again = _Engine(engine.index, actor, ready=actor.align_place.remote(), heard=time.monotonic())
-        self.engines[engine.index] = again
+        if self.asleep:
+            self._places.append(engine.index)
+        else:
+            self._start(engine.index)
+
+    def _start(self, index: int) -> None:
+        actor = self.cluster.engine_actor(index, RolloutEngine, self.spec, threads=THREADS)
+        self.engines[index] = _Engine(index, actor, ready=actor.align_place.remote(), heard=time.monotonic())
+
+    def _reason(self, error: RayError) -> str:
+        if isinstance(error, RayTaskError):
+            return f"failed: {type(error.cause).__name__}: {error.cause}"
+        return f"died: {ending(error, self.cluster.session.folder)}"
 
     def _give_up(self) -> None:
         ends = "; ".join(self.endings)
-        if self.engines:
-            left = "no rollout engine has weights to go on with, and this transport brings them with the next update"
-        else:
-            left = f"no rollout engine is left (max_restarts: {self.config.max_restarts})"
-        raise EngineFailed(f"{left}: {ends}")
+        raise EngineFailed(f"no rollout engine is left (max_restarts: {self.config.max_restarts}): {ends}")
 
 
-def _sleep(engine: Any) -> None:
-    engine.sleep()
-
-
-def _close(engine: Any) -> None:
-    engine.close()
-
-
-def _wake(engine: Any, what: Literal["weights", "cache"]) -> None:
-    engine.wake(what)
+def _is_there(ref: Any) -> bool:
+    return bool(ray.wait([ref], timeout=0)[0])

@@ -1,7 +1,11 @@
-"""One vLLM engine as an actor: a thread steps it while it has work, others take orders and hand completions out."""
+"""One vLLM engine as an actor: a thread steps it while it has work, others take orders and hand completions out.
+
+Ray runs the orders one after another, in the order in which they were given; ``take`` has a thread of its own.
+"""
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -32,11 +36,16 @@ class RolloutEngine:
         self._news = threading.Condition()
         self._finished: list[Completion] = []
         self._failure: Exception | None = None
+        self._began: float | None = None
+        """When the step that is under way began, by the monotonic clock."""
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Takes requests, which were checked."""
-        self.call(_add, requests)
+        """Takes requests, which were checked. Nobody waits for an answer: what goes wrong is told by :meth:`take`."""
+        try:
+            self.call(_add, requests)
+        except Exception as error:
+            self._fail(error)
 
     def abort(self, ids: Collection[str]) -> None:
         """Forgets requests; completions of theirs that nobody took are dropped."""
@@ -44,15 +53,23 @@ class RolloutEngine:
         with self._news:
             self._finished = [c for c in self._finished if c.id not in ids]
 
-    def take(self, timeout_s: float) -> list[Completion]:
+    @ray.method(concurrency_group="watch")
+    def take(self, timeout_s: float, step_s: float) -> list[Completion]:
         """What finished since the last call; waits at most ``timeout_s`` for the first. An answer is a sign of life.
 
+        Args:
+            timeout_s: How long it waits.
+            step_s: A step that takes longer hangs.
+
         Raises:
+            TimeoutError: A step hangs.
             Exception: The engine failed; it will not work again.
         """
         with self._news:
             if not self._finished and self._failure is None:
                 self._news.wait(timeout_s)
+            if self._began is not None and time.monotonic() - self._began > step_s:
+                raise TimeoutError(f"one step of the engine has taken more than {step_s:g} s")
             if self._failure is not None:
                 raise self._failure
             finished, self._finished = self._finished, []
@@ -78,17 +95,23 @@ class RolloutEngine:
                 while True:
                     function, args, answer = self._orders.get(block=not self._has_work())
                     _carry_out(function, self.engine, args, answer)
+            self._began = time.monotonic()
             try:
                 finished = self.engine.step()
             except Exception as error:
-                with self._news:
-                    self._failure = error
-                    self._news.notify_all()
+                self._fail(error)
                 continue
+            finally:
+                self._began = None
             if finished:
                 with self._news:
                     self._finished += finished
                     self._news.notify_all()
+
+    def _fail(self, error: Exception) -> None:
+        with self._news:
+            self._failure = error
+            self._news.notify_all()
 
     def _has_work(self) -> bool:
         engine = self.engine
@@ -126,4 +149,19 @@ def end(engine: Any) -> Received:
     return engine.end_update()
 
 
-__all__ = ["RolloutEngine", "begin", "end", "load_packed"]
+def sleep(engine: Any) -> None:
+    """The memory of the GPU is given up."""
+    engine.sleep()
+
+
+def wake(engine: Any, what: str) -> None:
+    """It is taken again, for ``weights`` first, then for the ``cache``."""
+    engine.wake(what)
+
+
+def close(engine: Any) -> None:
+    """Nothing is left on disk."""
+    engine.close()
+
+
+__all__ = ["RolloutEngine", "begin", "close", "end", "load_packed", "sleep", "wake"]

@@ -77,7 +77,7 @@ class Router:
         """What is to be given to which engine now."""
         given: list[tuple[Hashable, list[Request]]] = []
         while self._queue and (engine := self._freest()) is not None:
-            requests = [r for r in heapq.heappop(self._queue).requests if r.id in self.where]
+            requests = [r for r in heapq.heappop(self._queue).requests if self.where.get(r.id, r) is None]
             if not requests:
                 continue
             load = self.loads[engine]

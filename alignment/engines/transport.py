@@ -3,7 +3,7 @@
 Every transport (memory, object store, NCCL, CUDA IPC) is a :class:`Sender`, the learner's end, and one :class:`Target`
 per engine, driven by :func:`update_weights`:
 
-1. ``sender.connect`` and ``target.connect``, together, where there is something to connect and it is not yet;
+1. ``target.connect`` and ``sender.connect``, at the same time, where there is something to connect and it is not yet;
 2. ``target.pause``: the engine stops at a point where its weights may change. Whether generation in flight goes on
    afterwards or was finished first is the sampler's option, and so the target's business;
 3. ``target.begin(version)`` on every engine. From here until ``end`` an engine cannot compute: vLLM takes its layers
@@ -20,6 +20,7 @@ who was waited for, or who failed, and during what. An engine whose update was a
 weights: it must refuse to generate until a later update has ended.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future
@@ -33,7 +34,12 @@ from alignment.engines.checksum import checksum
 from alignment.errors import EngineFailed, UserError
 from alignment.sampling import Received
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+UNCHANGED = (
+    "policy version %d is new, but not one of its weights differs from the last in %s, in which engines keep them:"
+    " steps are too small for that precision; raise the learning rate or set sampler.dtype: float32"
+)
 IDLE_S = 0.1
 """``idle`` is called at least this often while something is waited for."""
 
@@ -180,9 +186,9 @@ def update_weights(
             is aborted at both ends, and the targets stay paused.
     """
     assert targets, "an update needs an engine to go to"
-    everyone: list[Sender | Target] = [sender, *targets]
+    ends: list[Sender | Target] = [*targets, sender]  # in this order: a sender in this process waits for the targets
     try:
-        patience.wait("connect", [(end.name, end.connect()) for end in everyone])
+        patience.wait("connect", [(end.name, end.connect()) for end in ends])
         patience.wait("pause", [(t.name, t.pause()) for t in targets])
         patience.wait("begin", [(t.name, t.begin(version)) for t in targets])
         buckets = _send_buckets(sender, targets, patience)
@@ -191,8 +197,10 @@ def update_weights(
         for target, record in zip(targets, received, strict=True):
             compare(sender.name, sent, target.name, record)
         patience.wait("resume", [(t.name, t.resume()) for t in targets])
+        if kept := next((record.unchanged_in for record in received if record.unchanged_in), ""):
+            log.warning(UNCHANGED, version, kept)
     except BaseException:
-        for end in everyone:
+        for end in (sender, *targets):
             end.abort()
         raise
     return Published(sent, buckets, before is None or sent.checksum != before.checksum)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from alignment.engines.transport import Tally, done
-from alignment.errors import EngineFailed, UserError
+from alignment.errors import EngineFailed
 from alignment.sampling import Received, Receiver
 
 T = TypeVar("T")
@@ -37,20 +37,6 @@ class Peer(Protocol):
         ...
 
 
-class Fleet(Protocol):
-    """A sampler whose engines are other processes."""
-
-    name: str
-
-    def peers(self) -> Sequence[Peer]:
-        """The engines that can be updated."""
-        ...
-
-    def updated(self, version: int) -> None:
-        """All that :meth:`peers` named last have policy ``version`` now, so they can serve."""
-        ...
-
-
 class LocalPeer:
     """This process."""
 
@@ -64,20 +50,6 @@ class LocalPeer:
 def learner_peers(learner: Any) -> list[Peer]:
     """The processes of a learner, rank by rank; one in this process has no ``peers``."""
     return list(learner.peers()) if hasattr(learner, "peers") else [LocalPeer(learner, "the learner")]
-
-
-def sampler_peers(sampler: Any, transport: str) -> list[Peer]:
-    """The processes of a sampler's engines.
-
-    Raises:
-        UserError: Its engine lives in this process; ``transport`` is for others.
-    """
-    if not hasattr(sampler, "peers"):
-        raise UserError(
-            f"transport {transport} brings weights to engines in other processes, and sampler {sampler.name!r} lives in"
-            " this one; use transport: memory"
-        )
-    return list(sampler.peers())
 
 
 def together(pending: Sequence[tuple[str, Future[Any]]]) -> Future[list[Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from alignment.engines.checksum import checksum
 from alignment.engines.transport import Tally
 from alignment.engines.vllm_spec import EngineSpec, LoraShape
+from alignment.engines.vllm_worker import with_news
 from alignment.errors import UserError
 from alignment.sampling import Received
 
@@ -33,8 +34,8 @@ class Entrance(Protocol):
         """A part of it."""
         ...
 
-    def end(self, version: int) -> tuple[Received, bool]:
-        """What arrived; and whether it is new, while what the engine keeps of it is as before."""
+    def end(self, version: int) -> Received:
+        """What arrived."""
         ...
 
 
@@ -89,9 +90,17 @@ class Whole:
             raise UserError("the transport brings a LoRA adapter, but sampler.lora is 'merged'; set both to the same")
         self.engine.collective_rpc("load_bucket", args=({name: t.detach() for name, t in bucket.items()},))
 
-    def end(self, version: int) -> tuple[Received, bool]:
-        """Of the first worker: all receive the same."""
-        return self.engine.collective_rpc("end_weights", args=(version,))[0]
+    def end(self, version: int) -> Received:
+        """What every worker received.
+
+        Raises:
+            ValueError: They did not receive the same.
+        """
+        first, *others = self.engine.collective_rpc("end_weights", args=(version,))
+        for number, other in enumerate(others, start=1):
+            if other != first:
+                raise ValueError(f"worker {number} of the engine received {other.checksum:#x}, and the first another")
+        return first
 
 
 class AdapterAlone:
@@ -118,7 +127,7 @@ class AdapterAlone:
             raise UserError("the transport brings whole weights, but sampler.lora is 'adapter'; set both to the same")
         self.tensors |= {name: tensor.detach().cpu().contiguous() for name, tensor in bucket.items()}
 
-    def end(self, version: int) -> tuple[Received, bool]:
+    def end(self, version: int) -> Received:
         """Loads the adapter from files, which is the one way that vLLM has for workers of any number."""
         from safetensors.torch import save_file
         from vllm.lora.request import LoRARequest
@@ -134,4 +143,4 @@ class AdapterAlone:
         self.engine.add_lora(LoRARequest(NAME, NUMBER, str(self.folder), load_inplace=True))
         self.tensors = {}
         before, self.in_use = self.in_use, (tally.checksum, kept)
-        return tally.received(version), before is not None and before[0] != tally.checksum and before[1] == kept
+        return with_news(tally.received(version), before, self.in_use, dtype)

@@ -13,7 +13,6 @@ nothing computed with old weights is taken for the work of new ones:
 import math
 import shutil
 import tempfile
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -152,7 +151,8 @@ class VllmEngine:
         states = {s.external_req_id: s for s in self._engine.output_processor.request_states.values()}
         waiting = [i for i, s in states.items() if not s.detokenizer.num_output_tokens()]
         self._engine.abort_request(waiting)
-        self.held = {i: self.requests[i] for i in self.requests if i in self.held or i in set(waiting)}
+        untouched = self.held.keys() | set(waiting)
+        self.held = {i: request for i, request in self.requests.items() if i in untouched}
         if self.spec.options.in_flight == "pause":
             while len(self.requests) > len(self.held):
                 self.finished += self._step()
@@ -176,15 +176,7 @@ class VllmEngine:
         """
         assert self._next_version is not None, "begin_update comes first"
         version, self._next_version = self._next_version, None
-        received, same = self.entrance.end(version)
-        if same:
-            kept = self._engine.model_config.dtype
-            warnings.warn(
-                f"policy version {version} is new, but not one of its weights differs from the last in {kept}, in which"
-                " vLLM keeps them: steps are too small for that precision; raise the learning rate or set"
-                " sampler.dtype: float32",
-                stacklevel=2,
-            )
+        received = self.entrance.end(version)
         self._engine.set_weight_version(str(version))
         self.version = version
         if not self.asleep:

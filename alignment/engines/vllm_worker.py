@@ -6,8 +6,10 @@ parallelism there is one in each process, and each keeps its share of what all o
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignment.engines.checksum import MODULUS, checksum
@@ -49,11 +51,8 @@ class WeightReceiver:
         with self._configured():
             self._update.load(bucket)
 
-    def end_weights(self, version: int) -> tuple[Received, bool]:
-        """Puts the layers together.
-
-        Returns:
-            What arrived; and whether it differs from the last update, while what is kept of it does not.
+    def end_weights(self, version: int) -> Received:
+        """Puts the layers together; what arrived.
 
         Raises:
             ValueError: Parts of the model got no weights.
@@ -64,13 +63,26 @@ class WeightReceiver:
             received = update.finish(version)
         self._verified = frozenset(received.shapes.items())
         before, self._in_use = self._in_use, (received.checksum, update.kept)
-        return received, before is not None and before[0] != received.checksum and before[1] == update.kept
+        return with_news(received, before, self._in_use, update.dtype)
 
     def _configured(self) -> AbstractContextManager[None]:
         """Parts of vLLM ask for the configuration while weights are loaded."""
         from vllm.config import set_current_vllm_config
 
         return set_current_vllm_config(self.vllm_config)
+
+
+def with_news(received: Received, before: tuple[int, int] | None, now: tuple[int, int], dtype: torch.dtype) -> Received:
+    """``received``, which says so when the weights are new as they came and not as they are kept.
+
+    Args:
+        received: What arrived.
+        before: Checksums of the last update as it came and as it is kept; None for the first.
+        now: Of this one.
+        dtype: In which they are kept.
+    """
+    same = before is not None and before[0] != now[0] and before[1] == now[1]
+    return replace(received, unchanged_in=str(dtype)) if same else received
 
 
 class _Update:

@@ -1,7 +1,7 @@
 """What a GPU does for NCCL and CUDA IPC, on a CPU: vLLM's own engines run as they are, over a wire that is a queue."""
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -136,12 +136,17 @@ class Fleet:
     def __init__(self, *engines: Any) -> None:
         self.engines = [ThreadPeer(engine, f"vllm engine {i}") for i, engine in enumerate(engines)]
         self.version: int | None = None
+        self.losses = 0
 
     def peers(self) -> list[ThreadPeer]:
         return list(self.engines)
 
-    def updated(self, version: int) -> None:
-        self.version = version
+    def watch(self) -> None: ...
+
+    def idle(self) -> None: ...
+
+    def updated(self, version: int, buckets: Sequence[Any] = (), again: Any = None) -> None:
+        self.version, self.again = version, again
 
     def restart(self) -> None:
         """The same engines, as if in new processes."""

@@ -18,7 +18,7 @@ from alignment.errors import EngineFailed, UserError
 from tests.engines.helpers import learner_of
 from tests.engines.vllm_helpers import longer, requests, site_of, small, worst
 
-HEARTBEAT_S = 20.0
+HEARTBEAT_S = 10.0
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def pid_of(sampler, index):
 @pytest.fixture(scope="module")
 def two(live_ray):
     learner = learner_of(small())
-    with engines(2, learner, max_restarts=2) as (sampler, transport):
+    with engines(2, learner, max_restarts=9) as (sampler, transport):
         yield sampler, transport, learner
 
 
@@ -95,27 +95,51 @@ def test_new_weights_come_between_two_tokens_and_aborted_requests_never(two):
     assert {c.versions for c in drain(sampler, 2).values()} == {((1, 0),)}
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def wait_for(condition, sampler):
+    """Looks after the engines until ``condition()`` holds; nothing may be pending."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert sampler.poll(0.0) == [], "a completion that nobody waits for"
+        time.sleep(0.1)
+
+
+def fail(engine):
+    def step():
+        raise RuntimeError("the GPU is on fire")
+
+    engine.step = step
+
+
+LOSSES = {
+    "killed": lambda sampler, pid: os.kill(pid, signal.SIGKILL),
+    "stopped": lambda sampler, pid: os.kill(pid, signal.SIGSTOP),
+    "failed": lambda sampler, pid: sampler.engines[0].peer.call(fail).result(60),
+}
+
+
+@pytest.mark.parametrize("how", LOSSES)
 def test_what_a_lost_engine_had_is_sampled_by_others_and_its_heir_has_the_newest_weights(two, how, caplog):
-    sampler, _, learner = two
-    first, ended = 100 + 100 * how, len(sampler.endings)
+    """The stopped one is lost in an update, which is made anew with the others."""
+    sampler, transport, learner = two
+    first, ended = 100 + 100 * list(LOSSES).index(how), len(sampler.endings)
     asked = requests(16, max_tokens=40, first=first)
     sampler.add(asked)
     lost = pid_of(sampler, 0)
-    os.kill(lost, how)
+    LOSSES[how](sampler, lost)
+    if how == "stopped":
+        transport.publish(sampler.version + 1)
     found = drain(sampler, 16)
     assert found.keys() == {r.id for r in asked}
-    assert len(sampler.endings) == ended + 1 and "engine 0" in sampler.endings[-1]
-    assert ("did not answer" if how == signal.SIGSTOP else "died") in sampler.endings[-1]
+    assert len(sampler.endings) == ended + 1 and "engine 0 (process" in sampler.endings[-1]
+    told = {
+        "stopped": "did not answer for 10 s",
+        "killed": "died",
+        "failed": "failed: RuntimeError: the GPU is on fire",
+    }
+    assert told[how] in sampler.endings[-1]
     assert "another one takes its place" in caplog.text
-    drained = [0]
-
-    def until_the_heir_serves(_):
-        drained[0] += len(sampler.poll(0.2))
-
-    deadline = time.monotonic() + 120
-    while 0 not in sampler.router.loads and time.monotonic() < deadline:
-        until_the_heir_serves(None)
+    wait_for(lambda: 0 in sampler.router.loads, sampler)
     assert pid_of(sampler, 0) != lost
     again = requests(8, first=first + 50)
     sampler.add(again)
@@ -123,6 +147,30 @@ def test_what_a_lost_engine_had_is_sampled_by_others_and_its_heir_has_the_newest
     found = drain(sampler, 8)
     assert on_heir and {found[id_].versions for id_ in on_heir} == {((sampler.version, 0),)}
     assert worst(learner.module, again, found) < 1e-4
+
+
+def test_an_engine_that_is_lost_while_all_sleep_is_replaced_when_they_wake(two):
+    """Its heir gets no buckets: whoever waits for completions brings it the weights again."""
+    sampler, transport, learner = two
+    sampler.add(requests(4, first=500))
+    drain(sampler, 4)
+    sampler.sleep()
+    lost = pid_of(sampler, 0)
+    os.kill(lost, signal.SIGKILL)
+    losses = sampler.losses
+    wait_for(lambda: sampler.losses > losses, sampler)
+    assert 0 not in sampler.engines, "the memory is the learner's"
+    sampler.wake("weights")
+    transport.publish(sampler.version + 1)
+    sampler.wake("cache")
+    published = []
+    sampler.updated(sampler.version, again=lambda version: published.append(transport.publish(version)))
+    assert 0 not in sampler.router.loads
+    while 0 not in sampler.router.loads:
+        asked = requests(2, first=510 + 2 * len(published), max_tokens=40)
+        sampler.add(asked)
+        assert worst(learner.module, asked, drain(sampler, 2)) < 1e-4
+    assert pid_of(sampler, 0) != lost and len(published) == 1
 
 
 def test_when_none_is_left_and_none_may_be_started_their_ends_are_told(live_ray):

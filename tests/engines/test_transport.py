@@ -24,7 +24,7 @@ def test_order():
     log: Log = []
     published = publish(log)
     both = ("engine 0", "engine 1")
-    expected = [("learner", "connect"), *((e, "connect") for e in both)]
+    expected = [*((e, "connect") for e in both), ("learner", "connect")]
     expected += [(e, "pause") for e in both] + [(e, "begin") for e in both] + [("learner", "gather 1")]
     for i in (1, 2, 3):  # receivers first, then the sender, and the next bucket is gathered meanwhile
         expected += [*((e, f"load {i}") for e in both), ("learner", "send"), ("learner", f"gather {i + 1}")]
@@ -37,6 +37,14 @@ def test_order():
         "publish_changed": 1.0,
     }
     assert published.sent.version == 7
+
+
+def test_new_weights_that_an_engine_cannot_tell_from_the_old_are_noticed(caplog):
+    sender, target = FakeSender("learner", []), FakeTarget("engine", [])
+    end = target.end
+    target.end = lambda: done(lambda: replace(end().result(), unchanged_in="torch.bfloat16"))  # pyright: ignore
+    update_weights(sender, [target], 7, Patience("", 60.0))
+    assert "version 7 is new, but not one of its weights differs from the last in torch.bfloat16" in caplog.text
 
 
 def test_whether_anything_changed():

@@ -129,7 +129,8 @@ class SlurmCluster:
 
     def __init__(self, shared: Path, environment: Mapping[str, str] = {}) -> None:
         self.shared = shared
-        self.environment = {**os.environ, "SLURM_CONF": f"{STATE}/slurm.conf", **environment}
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # of a live cluster
+        self.environment = {**own, "SLURM_CONF": f"{STATE}/slurm.conf", **environment}
         self.machines: dict[str, Machine] = {}
         key = secrets.token_hex(64)
         try:
