@@ -3,11 +3,15 @@ written."""
 
 import sys
 from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
+from typing import Any
 
 from alignment.engines.config import clusters
+from alignment.engines.ray_needs import Needs
+from alignment.engines.ray_needs import Node as Machine
 from alignment.errors import UserError
-from alignment.recipe import load
+from alignment.recipe import Recipe, load
 from alignment.recipe_tree import Mark, Node, Problem, RecipeError, mark_of
 from launch.local import render_local
 from launch.plan import Job, next_folder
@@ -44,8 +48,10 @@ def launch(
     for_recipe = [text for text in overrides if not is_cluster_override(text)]
     recipe = load(recipes, for_recipe)
     ray_stages = [index for index, stage in enumerate(recipe.stages) if clusters.name_of(stage.cluster) == "ray"]
-    if problems := list(_misfits(on, spec, root, bool(ray_stages))):
+    if problems := [*_misfits(on, spec, root, bool(ray_stages)), *_too_small(on, spec, root, recipe)]:
         raise RecipeError(problems)
+    if on == "slurm" and not spec.gpus_per_node and not all(map(_asks_for_cpus, recipe.stages)):
+        sys.stderr.write("align launch: gpus_per_node is 0, so this trains on CPUs\n")
     joins = bool(ray_stages) and on != "local"
     if joins:  # the cluster that the launcher starts or names, in place of a private one
         for_recipe += [f"stages.{index}.cluster.address=auto" for index in ray_stages]
@@ -74,6 +80,30 @@ def _train(recipes: Sequence[Path], overrides: Sequence[str]) -> tuple[str, ...]
     """The arguments of the interpreter that trains. Paths are in full: the job may start elsewhere."""
     sets = [word for text in overrides for word in ("--set", text)]
     return ("-m", "alignment", "train", *(str(path.resolve()) for path in recipes), *sets)
+
+
+def _asks_for_cpus(stage: Any) -> bool:
+    """Whether a stage says itself that it wants no GPU."""
+    return "cpu" in (getattr(stage.cluster, "device", None), getattr(stage.learner, "device", None))
+
+
+def _too_small(on: str, spec: ClusterSpec, root: Node, recipe: Recipe) -> Iterator[Problem]:
+    """What the described nodes lack for a stage on Ray. Where nothing is said of nodes that are there, nothing is."""
+    if on != "slurm" and not spec.gpus_per_node:
+        return
+    cores = inf if spec.cpus_per_node is None or on == "local" else spec.cpus_per_node
+    nodes = [Machine(spec.gpus_per_node, cores)] * spec.nodes
+    for stage in recipe.stages:
+        if clusters.name_of(stage.cluster) != "ray":
+            continue
+        asked: Any = stage.cluster
+        device = "gpu" if asked.device == "gpu" or (asked.device == "auto" and spec.gpus_per_node) else "cpu"
+        if device == "cpu" and cores == inf:
+            continue
+        needs = Needs.of(stage, asked.placement == "colocated", device, asked.cpus_per_process)
+        if (lacking := needs.shortfall(nodes)) is not None:
+            place = ("nodes" if spec.gpus_per_node or device == "cpu" else "gpus_per_node",)
+            yield Problem(mark_of(root, place), place, f"stage '{stage.name}': {lacking}")
 
 
 def _misfits(on: str, spec: ClusterSpec, root: Node, uses_ray: bool) -> Iterator[Problem]:

@@ -7,6 +7,9 @@ from launch.plan import Command, File, Job, Launch
 from launch.shell import assignments, driver, preparation, python_of
 from launch.spec import ClusterSpec, Container
 
+TEMP = "/tmp/align-$SLURM_JOB_ID"
+"""On each node, for Ray."""
+
 
 def render_slurm(spec: ClusterSpec, job: Job) -> Launch:
     """The scripts and the ``sbatch`` that submits them; with ``job.wait`` it lasts as long as the job."""
@@ -24,19 +27,21 @@ def render_slurm(spec: ClusterSpec, job: Job) -> Launch:
 
 def _batch(spec: ClusterSpec, job: Job) -> str:
     head = "".join(f"#SBATCH {option}\n" for option in _options(spec, job))
-    container = _container(spec.container)
+    container = _container(spec.container, job.uses_ray)
     values = {
         "folder": str(job.folder),
         "nodes": spec.nodes,
         "with_ray": "yes" if job.uses_ray else "",
         "head_lost_s": spec.deadlines.head_lost_s,
         "max_requeues": spec.slurm.max_requeues,
+        "make_temp": "yes" if container["srun"] and job.uses_ray else "",
     }
     cpus = spec.cpus_per_node or '"$SLURM_CPUS_ON_NODE"'
-    step = f"srun --overlap --export=ALL --cpu-bind=none --cpus-per-task={cpus}"
+    bare = f"srun --overlap --export=ALL --cpu-bind=none --cpus-per-task={cpus}"
+    step = " ".join(['"${bare[@]}"', *container["srun"]])
     return (
         f"#!/bin/bash\n{head}# Written by align launch.\n"
-        f"{assignments(values)}step=({' '.join([step, *container['srun']])})\n"
+        f"{assignments(values)}bare=({bare})\nstep=({step})\n"
         f"on_node=({' '.join([*container['prefix'], 'bash', _word(str(job.folder / 'node.sh'))])})\n\n"
         f"{_text('slurm_job.sh')}"
     )
@@ -69,7 +74,7 @@ def _node(spec: ClusterSpec, job: Job) -> str:
         f"#!/bin/bash\n# What each node runs: node.sh head, worker or driver. Written by align launch.\n"
         f"set -eo pipefail\n{assignments(values)}"
         "role=$1\n"
-        "temp=/tmp/align-$SLURM_JOB_ID # short: Ray puts sockets below it\n"
+        f"temp={TEMP} # short: Ray puts sockets below it\n"
         '[ "$role" != clean ] || exec rm -rf "$temp"\n'
         """[ "$role" = driver ] || trap 'echo "$?" >"$folder/ended.$SLURMD_NODENAME"' EXIT\n"""
         f"{preparation(spec)}"
@@ -78,15 +83,18 @@ def _node(spec: ClusterSpec, job: Job) -> str:
     )
 
 
-def _container(container: Container | None) -> dict[str, list[str]]:
+def _container(container: Container | None, uses_ray: bool) -> dict[str, list[str]]:
     """What a container adds: options of srun, and the words before a command on a node."""
     if container is None:
         return {"srun": [], "prefix": []}
-    mounts = ",".join(container.mounts)
+    mounts = [_word(mount) for mount in container.mounts]
     if container.runtime == "pyxis":
-        srun = [f"--container-image={_word(container.image)}", *([f"--container-mounts={mounts}"] if mounts else [])]
+        # Each step has a container of its own, and the driver needs the sockets of the head.
+        mounts += [f'"{TEMP}:{TEMP}"'] if uses_ray else []
+        srun = [f"--container-image={_word(container.image)}"]
+        srun += [f"--container-mounts={','.join(mounts)}"] if mounts else []
         return {"srun": srun, "prefix": []}
-    bind = ["--bind", mounts] if mounts else []
+    bind = ["--bind", ",".join(mounts)] if mounts else []
     return {"srun": [], "prefix": ["apptainer", "exec", "--nv", *bind, _word(container.image)]}
 
 

@@ -4,6 +4,13 @@ set -uo pipefail
 say() { echo "align launch: $*" >&2; }
 fail() { say "$*"; exit 69; } # 69: there is no cluster to run on
 alive() { kill -0 "$1" 2>/dev/null; }
+quote() { # the end of logs, so that what is wrong is seen in this one
+  for log in "$@"; do
+    [ -s "$log" ] || continue
+    say "the end of $log:"
+    tail -n 15 "$log" | cut -c 1-1000 | sed 's/^/    /' >&2
+  done
+}
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 rm -f "$folder"/token.* "$folder"/driver.pid "$folder"/ended.*
@@ -24,6 +31,11 @@ if [ -n "$with_ray" ]; then
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
   unset RAY_AUTH_TOKEN
 
+  if [ -n "$make_temp" ]; then # a container can mount only what is there
+    temp=/tmp/align-$SLURM_JOB_ID
+    "${bare[@]}" --nodes="$nodes" --ntasks="$nodes" \
+      bash -c 'mkdir -m 700 "$0" 2>/dev/null || [ -O "$0" ]' "$temp" || fail "cannot make $temp on all nodes"
+  fi
   "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head" --output="$folder/head.log" --open-mode=append \
     "${on_node[@]}" head 2>>"$folder/head.log" &
   ray_steps+=($!)
@@ -46,6 +58,7 @@ while alive "$driver"; do
   fi
   if [ -n "$with_ray" ] && [ -z "$lost" ] && ! alive "${ray_steps[0]}"; then
     say "Ray's head on $head has ended; see $folder/head.log"
+    quote "$folder/head.log"
     lost=$SECONDS
   fi
   if [ -n "$lost" ] && [ $((SECONDS - lost)) -gt "$head_lost_s" ]; then
@@ -58,10 +71,23 @@ done
 wait "$driver"
 code=$?
 
+if [ -n "$with_ray" ] && [ $code = 69 ] && [ -z "$lost" ]; then
+  logs=()
+  for ended in "$folder"/ended.*; do
+    node=${ended##*/ended.}
+    if [ "$node" = "$head" ]; then logs+=("$folder/head.log"); else logs+=("$folder/worker-$node.log"); fi
+  done
+  [ -e "$ended" ] || logs=("$folder"/head.log "$folder"/worker-*.log) # none has ended: one did not join
+  quote "${logs[@]:0:4}"
+fi
 for pid in ${ray_steps[@]+"${ray_steps[@]}"}; do kill "$pid" 2>/dev/null; done
 wait
 if [ -n "$with_ray" ] && { [ $code = 0 ] || [ $code = 75 ]; }; then # after a failure, Ray's logs stay in /tmp
-  "${step[@]}" --nodes="$nodes" --ntasks="$nodes" "${on_node[@]}" clean 2>>"$folder/head.log"
+  if [ -n "$make_temp" ]; then
+    "${bare[@]}" --nodes="$nodes" --ntasks="$nodes" rm -rf "$temp" 2>>"$folder/head.log"
+  else
+    "${step[@]}" --nodes="$nodes" --ntasks="$nodes" "${on_node[@]}" clean 2>>"$folder/head.log"
+  fi
 fi
 
 # 75: saved, and the same command would go on. 143: told to stop before it had begun.

@@ -17,6 +17,7 @@ from launch.spec import ClusterSpec, Container, Deadlines, RayAddress, Slurm
 from tests.recipes_for_tests import BASE, write
 
 ON_RAY = BASE.replace("    learner: {name: torch, lr: 1e-3}", "    learner: {name: torch}\n    cluster: ray")
+ROOT = Path(__file__).parents[2]
 TRAIN = ("-m", "alignment", "train", "/lab/recipe.yaml", "--set", "run.name=a b")
 
 
@@ -55,7 +56,7 @@ def test_the_options_of_a_slurm_job(tmp_path):
         "--requeue",
         "--constraint=h100",
     ]
-    assert 'step=(srun --overlap --export=ALL --cpu-bind=none --cpus-per-task="$SLURM_CPUS_ON_NODE")' in batch.content
+    assert 'bare=(srun --overlap --export=ALL --cpu-bind=none --cpus-per-task="$SLURM_CPUS_ON_NODE")' in batch.content
     once = render_slurm(ClusterSpec(cpus_per_node=4, slurm=Slurm(max_requeues=0)), job(tmp_path)).files[0].content
     assert "#SBATCH --cpus-per-task=4\n" in once and "#SBATCH --no-requeue\n" in once and "--exclusive" not in once
 
@@ -85,14 +86,38 @@ def test_containers_are_around_what_runs_on_nodes_only(tmp_path, runtime):
     container = Container(image="/images/a b.sif", runtime=runtime, mounts=("/lab:/lab", "/d:/d:ro"))
     batch, node = render_slurm(ClusterSpec(container=container), job(tmp_path)).files
     step, on_node = re.search(r"^step=\((.*)\)\non_node=\((.*)\)$", batch.content, re.M).groups()
+    temp = "/tmp/align-$SLURM_JOB_ID"
     script = f"bash {tmp_path}/big.launch/1/node.sh"
     if runtime == "pyxis":
-        assert step.endswith("--container-image='/images/a b.sif' --container-mounts=/lab:/lab,/d:/d:ro")
-        assert on_node == script
+        assert step.endswith(
+            "--container-image='/images/a b.sif' --container-mounts=/lab:/lab,/d:/d:ro," + f'"{temp}:{temp}"'
+        )
+        assert on_node == script and "make_temp=yes\n" in batch.content
     else:
-        assert "container" not in step
+        assert "container" not in step and "make_temp=''\n" in batch.content
         assert on_node == f"apptainer exec --nv --bind /lab:/lab,/d:/d:ro '/images/a b.sif' {script}"
     assert "exec python3 -m launch.nodes" in node.content
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_nothing_in_the_name_of_a_mount_or_image_is_run(tmp_path, runtime):
+    mark = tmp_path / "ran"
+    container = Container(image=f"/$(touch {mark})", runtime=runtime, mounts=(f"/a$(touch${{IFS}}{mark}):/b;`x`",))
+    batch = render_slurm(ClusterSpec(container=container), job(tmp_path)).files[0].content
+    lines = "\n".join(re.findall(r"^(?:bare|step|on_node)=.*$", batch, re.M))
+    shown = subprocess.run(
+        ["bash", "-c", lines + '\nprintf "%s\\n" "${step[@]}" "${on_node[@]}"'],
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "4"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not mark.exists() and not shown.stderr
+    mounts = container.mounts[0]
+    if runtime == "pyxis":
+        assert f"--container-mounts={mounts},/tmp/align-7:/tmp/align-7" in shown.stdout.splitlines()
+    else:
+        assert shown.stdout.splitlines()[-5:-2] == ["--bind", mounts, container.image]
 
 
 def test_a_recipe_without_ray_starts_none(tmp_path):
@@ -181,6 +206,46 @@ def test_what_does_not_go_together_is_told_before_anything_is_written(elsewhere)
     assert "--on k8s: give one of local, ray, slurm" in told(plain, "--on", "k8s")
     assert "recipe" not in told(plain, "--set", "cluster.nods=2")
     assert "stages.0.steps" in told(plain, "--set", "stages.0.steps=none")
+
+
+DAPO, SMALL = ROOT / "recipes/dapo_32b.yaml", ROOT / "recipes/quickstart_cluster.yaml"
+EIGHT = "cluster.gpus_per_node=8"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "on", "sets", "told"),
+    [
+        (DAPO, "slurm", [EIGHT, "cluster.nodes=4"], None),
+        (
+            DAPO,
+            "slurm",
+            [EIGHT, "cluster.nodes=3"],
+            "nodes: stage 'rl': the run needs 32 learner GPUs + 32 engine GPUs",
+        ),
+        (DAPO, "slurm", ["cluster.nodes=16", "cluster.gpus_per_node=2"], "each of 8 engines needs 4 GPUs on one node"),
+        (DAPO, "slurm", [EIGHT, "cluster.nodes=4", "cluster.cpus_per_node=8"], "asks Ray for 64 CPUs"),
+        (DAPO, "slurm", ["stages.0.cluster.device=gpu"], "gpus_per_node: stage 'rl': the run needs 32 learner GPUs"),
+        (SMALL, "slurm", ["cluster.cpus_per_node=2"], "needs 2 learner CPUs + 1 engine CPU; the cluster has 2 CPUs"),
+        (SMALL, "slurm", ["cluster.cpus_per_node=3"], None),
+        (DAPO, "ray", ["cluster.ray.address=a:1"], None),
+        (DAPO, "ray", ["cluster.ray.address=a:1", EIGHT], "the cluster has 8 GPUs on 1 node"),
+        (SMALL, "local", ["cluster.gpus_per_node=2"], "needs 2 learner GPUs + 1 engine GPU; the cluster has 2 GPUs"),
+        (SMALL, "local", ["cluster.gpus_per_node=3", "cluster.cpus_per_node=1"], None),
+    ],
+)
+def test_a_cluster_that_is_too_small_for_the_recipe_is_told_before_anything_is_written(
+    elsewhere, recipe, on, sets, told
+):
+    code, _, err = align(recipe, "--on", on, "--dry-run", *(word for text in sets for word in ("--set", text)))
+    assert (code, told is None or told in err) == (0 if told is None else 2, True), err
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"), [([], True), (["stages.1.cluster.device=cpu", "stages.0.learner.device=cpu"], False)]
+)
+def test_a_job_without_gpus_is_said_to_train_on_cpus(elsewhere, sets, told):
+    code, _, err = align(SMALL, "--on", "slurm", "--dry-run", *(word for text in sets for word in ("--set", text)))
+    assert code == 0 and ("align launch: gpus_per_node is 0, so this trains on CPUs\n" in err) == told
 
 
 def test_nothing_is_written_where_the_program_is_missing(elsewhere, monkeypatch):

@@ -3,9 +3,12 @@
 One job is the quickstart on the real engines, shrunk; the others run a small Ray program.
 """
 
+import contextlib
 import json
 import stat
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from alignment.ledger import Ledger
 from launch.plan import Job
 from launch.slurm import render_slurm
 from launch.spec import ClusterSpec, Deadlines, Slurm
-from tests.launch.slurm_cluster import SlurmCluster, wait_for
+from tests.launch.slurm_cluster import SlurmCluster, kill, wait_for
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(Path(__file__).with_name("ray_program.py"))
@@ -32,6 +35,22 @@ def submit(slurm: SlurmCluster, folder: Path, spec: ClusterSpec, *command: str) 
     launch.write()
     *sbatch, script = launch.command.argv
     return int(slurm.run(*sbatch, "--parsable", script).stdout)
+
+
+@contextlib.contextmanager
+def waited_for(slurm: SlurmCluster, folder: Path, *command: str) -> Iterator[tuple[int, subprocess.Popen]]:
+    """What ``align launch --on slurm --wait`` runs, from inside: the job, and the process that waits for it."""
+    job = Job("p", (PROGRAM, *command), slurm.shared, folder, uses_ray=True, wait=True)
+    launch = render_slurm(two_nodes(), job)
+    launch.write()
+    inside = slurm.machines["controller"].command(*launch.command.argv, cwd=slurm.shared)
+    waiting = subprocess.Popen(inside, env=slurm.environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert waiting.stdout is not None
+        yield int(waiting.stdout.readline().rsplit(" ", 1)[1]), waiting
+    finally:
+        kill(waiting)
+        waiting.communicate()
 
 
 def assert_nothing_is_left(slurm: SlurmCluster) -> None:
@@ -58,7 +77,9 @@ def test_the_nodes_share_nothing_but_one_folder(slurm):
 
 def test_actors_on_both_nodes_and_an_exit_code_other_than_zero(slurm, tmp_path_factory):
     folder = slurm.shared / "code 3 & more"  # a name that has to be quoted everywhere
-    job = slurm.wait_job(submit(slurm, folder, two_nodes(), "exit", str(slurm.shared), "3"), ENDED)
+    with waited_for(slurm, folder, "exit", str(slurm.shared), "3") as (number, waiting):
+        job = slurm.wait_job(number, ENDED)
+        assert waiting.wait(timeout=60) == 3, "--wait ends as the job does"
     log = (folder / "job.log").read_text()
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "3:0"), log + slurm.logs()
     places = json.loads((slurm.shared / "places.json").read_text())
@@ -72,12 +93,13 @@ def test_actors_on_both_nodes_and_an_exit_code_other_than_zero(slurm, tmp_path_f
 @pytest.mark.full
 def test_told_to_stop_it_saves_and_is_queued_again_and_goes_on_and_ends_with_zero(slurm):
     folder, step = slurm.shared / "steps", slurm.shared / "step"
-    number = submit(slurm, folder, two_nodes(), "steps", str(slurm.shared))
-    wait_for(step.exists, lambda: f"the first step\n{slurm.logs()}", 120)
-    slurm.run("scancel", "--batch", "--signal=TERM", str(number))
-    assert slurm.wait_job(number, ("PENDING",))["Restarts"] == "1", slurm.logs()
-    state = json.loads((slurm.shared / "state.json").read_text())
-    job = slurm.wait_job(number, ENDED)
+    with waited_for(slurm, folder, "steps", str(slurm.shared)) as (number, waiting):
+        wait_for(step.exists, lambda: f"the first step\n{slurm.logs()}", 120)
+        slurm.run("scancel", "--batch", "--signal=TERM", str(number))
+        assert slurm.wait_job(number, ("PENDING",))["Restarts"] == "1", slurm.logs()
+        state = json.loads((slurm.shared / "state.json").read_text())
+        job = slurm.wait_job(number, ENDED)
+        assert waiting.wait(timeout=60) == 0, "--wait lasts beyond a requeue, and ends as the last attempt does"
     log = (folder / "job.log").read_text()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
     again = json.loads((slurm.shared / "state.json").read_text())
@@ -105,11 +127,14 @@ def where_it_shows(slurm: SlurmCluster, secret: str, token: Path) -> list[str]:
 
 def test_a_node_that_cannot_start_ends_the_job_at_once_and_is_named(slurm):
     folder = slurm.shared / "broken"
-    spec = two_nodes(setup=('[ "$(hostname)" != n2 ]',))
+    spec = two_nodes(setup=('[ "$(hostname)" != n2 ] || { echo "there is no module cuda" >&2; exit 1; }',))
     job = slurm.wait_job(submit(slurm, folder, spec, "exit", str(slurm.shared), "0"), ENDED)
     log = (folder / "job.log").read_text()
     assert job["ExitCode"] == "69:0", log
     assert "Ray on n2 ended with exit code 1 before training began" in log
+    cause = f"align launch: the end of {folder}/worker-n2.log:\n    there is no module cuda\n"
+    assert cause in log, "why is seen without another file"
+    assert log.count("the end of") == 1, "of the node that is at fault, and no other"
     assert_nothing_is_left(slurm)
 
 
@@ -190,7 +215,9 @@ def test_when_the_head_dies_the_job_ends_and_says_so(slurm):
     job = slurm.wait_job(number, ENDED)
     log = (folder / "job.log").read_text()
     assert job["JobState"] == "FAILED" and job["Restarts"] == "0", log
-    assert "Ray's head on n1 has ended" in log
+    assert (
+        f"Ray's head on n1 has ended; see {folder}/head.log\nalign launch: the end of {folder}/head.log:\n    " in log
+    )
     assert_nothing_is_left(slurm)
 
 
