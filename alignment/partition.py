@@ -2,7 +2,9 @@
 
 Every rank computes the whole division from lengths that all of them know, and then works on its own part: nothing is
 exchanged. The cost of a row of ``L`` tokens is ``a L + b L^2``: matrix products act on each token, attention on each
-pair. The division changes no result, since losses are divided by counts of the whole mini-batch.
+pair; in a micro-batch each row counts as long as the longest, padding being computed as well. At ZeRO's stage 3 ranks
+wait for each other in every micro-batch, so that the k-th ones of all ranks have to be alike, not only the totals. The
+division changes no result, since losses are divided by counts of the whole mini-batch.
 
 Sources: "Zeppelin" (arXiv 2509.21841) and "ByteScale" (arXiv 2502.21231) for cost models of sequences of unlike length;
 longest processing time first (Graham, 1969) and largest differencing (Karmarkar and Karp, 1982) for the division.
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from alignment.batching import plan_micro_batches
 from alignment.types import Batch
+
+Rows = list[int]
+"""Indices of the rows of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +83,91 @@ def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
 def plan_ranks(length_B: Tensor, ranks: int, max_tokens: int, cost: Cost = Cost()) -> list[list[Tensor]]:  # noqa: B008
     """Row indices of each rank's micro-batches: every row once, and the same number for each rank, at least one.
 
-    A rank's micro-batches are those of :func:`alignment.batching.plan_micro_batches` for its rows, so the k-th ones of
-    all ranks are of similar cost; empty ones fill up.
+    One rank takes those of :func:`alignment.batching.plan_micro_batches`. Several take the quicker, by :func:`waits`,
+    of two divisions: :func:`dealt`, whose micro-batches are even, and :func:`divided`, whose ranks are. Micro-batches
+    come in order of cost, the most costly first; empty ones fill up.
 
     Raises:
         ValueError: One row alone is over the budget.
     """
-    lengths = length_B.tolist()
-    divided = [sorted(part) for part in balanced([cost.of(n) for n in lengths], ranks)] if ranks > 1 else None
-    parts = [torch.arange(len(length_B))] if divided is None else [torch.tensor(p, dtype=torch.int64) for p in divided]
-    parts = [part.to(length_B.device) for part in parts]
-    plans = [[part[micro] for micro in plan_micro_batches(length_B[part], max_tokens)] for part in parts]
-    count = max(1, *map(len, plans))
-    empty = torch.empty(0, dtype=torch.int64, device=length_B.device)
-    return [plan + [empty] * (count - len(plan)) for plan in plans]
+    least = plan_micro_batches(length_B, max_tokens)
+    if ranks == 1:
+        return [least or [length_B.new_empty(0, dtype=torch.int64)]]
+    lengths = [max(1, n) for n in length_B.tolist()]
+    plans = [divide(lengths, ranks, len(least), max_tokens, cost) for divide in (dealt, divided)]
+    best = min(plans, key=lambda plan: waits(lengths, plan, cost))
+    return [[torch.tensor(m, dtype=torch.int64, device=length_B.device) for m in rank] for rank in best]
+
+
+def dealt(lengths: Sequence[int], ranks: int, least: int, max_tokens: int, cost: Cost) -> list[list[Rows]]:
+    """Rows are cut into micro-batches of like cost, at least ``least`` in all, and those are dealt round by round: in
+    each the most costly goes to the rank that has the least so far."""
+    rounds = max(1, -(-least // ranks))
+    micros = cut(lengths, range(len(lengths)), rounds * ranks, max_tokens, cost)
+    plan, totals = [list[Rows]() for _ in range(ranks)], [0.0] * ranks
+    for first in range(0, rounds * ranks, ranks):
+        order = sorted(range(ranks), key=totals.__getitem__)
+        for rank, micro in zip(order, micros[first : first + ranks], strict=True):
+            plan[rank].append(micro)
+            totals[rank] += padded(lengths, micro, cost)
+    return plan
+
+
+def divided(lengths: Sequence[int], ranks: int, least: int, max_tokens: int, cost: Cost) -> list[list[Rows]]:
+    """Rows are divided among ranks by :func:`balanced`, and each rank's cut into micro-batches of like cost."""
+    parts = balanced([cost.of(n) for n in lengths], ranks)
+    rounds = max(-(-least // ranks), *(_fewest(lengths, part, max_tokens) for part in parts), 1)
+    return [cut(lengths, part, rounds, max_tokens, cost) for part in parts]
+
+
+def cut(lengths: Sequence[int], rows: Sequence[int], count: int, max_tokens: int, cost: Cost) -> list[Rows]:
+    """``count`` micro-batches of neighbours in length, so cut that the most costly is as cheap as can be within the
+    budget of padded tokens (to a millionth); the most costly first, empty ones last. ``count`` has to be enough."""
+    order = sorted(rows, key=lambda i: -lengths[i])
+    low = cost.of(lengths[order[0]]) if order else 0.0
+    high = low * max(1, len(order))
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        if len(_filled(lengths, order, max_tokens, cost, middle)) <= count:
+            high = middle
+        else:
+            low = middle
+    micros = _filled(lengths, order, max_tokens, cost, high)
+    assert len(micros) <= count, f"{len(micros)} micro-batches where {count} are planned"
+    while len(micros) < count and (several := [m for m in micros if len(m) > 1]):
+        most = max(several, key=lambda m: padded(lengths, m, cost))
+        micros.remove(most)
+        micros += [most[: len(most) // 2], most[len(most) // 2 :]]
+    micros.sort(key=lambda m: -padded(lengths, m, cost))
+    return micros + [[] for _ in range(count - len(micros))]
+
+
+def padded(lengths: Sequence[int], micro: Rows, cost: Cost) -> float:
+    """The cost of a micro-batch, in which every row is as long as the longest."""
+    return len(micro) * cost.of(max((lengths[i] for i in micro), default=0))
+
+
+def waits(lengths: Sequence[int], plan: Sequence[Sequence[Rows]], cost: Cost) -> float:
+    """What a plan takes where all ranks wait for the slowest in each micro-batch."""
+    return sum(max(padded(lengths, micro, cost) for micro in at_once) for at_once in zip(*plan, strict=True))
+
+
+def _filled(lengths: Sequence[int], order: Sequence[int], max_tokens: int, cost: Cost, most: float) -> list[Rows]:
+    """Micro-batches filled one after the other, up to a cost and the budget; ``order`` has the longest first."""
+    micros: list[Rows] = []
+    room = 0
+    for i in order:
+        if not room:
+            micros.append([])
+            room = max(1, int(min(max_tokens / lengths[i], most / cost.of(lengths[i]))))
+        micros[-1].append(i)
+        room -= 1
+    return micros
+
+
+def _fewest(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) -> int:
+    """How many micro-batches the budget alone asks for."""
+    return len(_filled(lengths, sorted(rows, key=lambda i: -lengths[i]), max_tokens, Cost(), float("inf")))
 
 
 @dataclass(frozen=True)
@@ -142,4 +218,4 @@ def _stand_in(batch: Batch, rows: Tensor) -> Batch:
     return replace(short, loss_mask_BT=torch.zeros_like(short.loss_mask_BT))
 
 
-__all__ = ["Cost", "Share", "balanced", "differencing", "greedy", "plan_ranks"]
+__all__ = ["Cost", "Share", "balanced", "differencing", "greedy", "padded", "plan_ranks", "waits"]
