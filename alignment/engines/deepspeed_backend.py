@@ -18,10 +18,12 @@ from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_moments import ZeroAdamW, masters, read_pieces, write_pieces
 from alignment.engines.deepspeed_zero import (
     Fragment,
+    cast,
     engine_options,
     fragments,
     gathered,
     give_back_whole_weights,
+    in_parts,
     prepare_deepspeed,
     shape_of,
     shards_replaced,
@@ -49,15 +51,20 @@ class ZeroBackend:
         self.module, self.config, self.stage = module.eval(), config, config.zero_stage
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self.trained, self.fresh_adapter = trained_of(module), has_fresh_adapter(module)
-        self.dtypes = {name: tensor.dtype for name, tensor in weights_of(module).items()}
-        """As the model was made, which is how it is written."""
         self._frozen = frozen_digest(module, self.trained)
+        if config.dtype == "float32":
+            cast(module, torch.float32)
+        self.dtypes = {name: tensor.dtype for name, tensor in weights_of(module).items()}
+        """How weights are written: as the model was made, or in float32 if they are trained so."""
         self.share = Share(dist.get_rank(), config.ranks, cost_of(module))
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, autocast=False)
         policy = _Policy(module, config.logits_chunk_mb)
         self.adamw = adamw_over(self.trained, config)
         prepare_deepspeed()
         options = engine_options(config, list(self.trained.values()))
+        if config.zero_stage == 3:
+            cast(module, getattr(torch, config.dtype))
+            in_parts(policy, options, self.device)
         self.engine: Any = deepspeed.initialize(model=policy, optimizer=self.adamw, config=options)[0]
         self.engine.eval()
 

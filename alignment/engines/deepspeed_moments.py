@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_set_full_grad
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from alignment.engines.deepspeed_zero import Fragment, shape_of
+from alignment.engines.deepspeed_zero import Fragment, forget_gradients, spoil_gradients
 from alignment.engines.optimizer import Tried
 from alignment.errors import UserError
 from alignment.tensorfile import write_tensors
@@ -33,6 +32,7 @@ class ZeroAdamW:
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
 
     def begin(self, lr: float) -> None:
+        forget_gradients(self.backend.engine, self.backend.stage)
         self.adamw.state = self.state
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -60,8 +60,7 @@ class ZeroAdamW:
     def _zero_step(self, spoil: bool) -> float:
         engine = self.backend.engine
         if spoil:
-            smallest = min(self.backend.trained.values(), key=lambda p: shape_of(p).numel())
-            safe_set_full_grad(smallest, torch.full(shape_of(smallest), math.nan, device=self.backend.device))
+            spoil_gradients(engine, self.backend.trained, self.backend.device)
         engine.step()
         return float(engine.get_global_grad_norm())
 

@@ -7,6 +7,7 @@ of ranks can read them.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.utils import safe_set_full_grad
 from torch import Tensor, nn
 
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
@@ -51,11 +54,30 @@ class Fragment:
 def prepare_deepspeed() -> None:
     """Before the first engine of a process: no chatter, and no compiler for an operation that only inference uses."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    bf16_optimizer.see_memory_usage = _say_nothing  # it prints, and collects garbage, which takes a second
+    bf16_optimizer.print_rank_0 = _say_nothing
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not torch.cuda.is_available():
         # On a CPU DeepSpeed would compile a reduction through shared memory, which takes a minute and needs g++ and
         # ninja. Only its inference engine calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """In the place of what prints."""
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Makes parameters of ``dtype``, in place. Buffers stay: some need their digits (rotary frequencies)."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+
+
+def in_parts(policy: nn.Module, options: Mapping[str, Any], device: torch.device) -> None:
+    """For stage 3: parameters are divided one by one, so that ``device`` never holds them all; buffers move whole."""
+    deepspeed.zero.Init(module=policy, config_dict_or_path=dict(options))
+    for buffer in policy.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def engine_options(config: DeepSpeedLearnerConfig, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
@@ -107,6 +129,32 @@ def fragments(engine: Any, trained: Mapping[str, nn.Parameter], stage: int) -> I
             if (size := min(padded, p.ds_numel - start)) > 0:  # pyright: ignore[reportAttributeAccessIssue]
                 flat = zero.fp32_partitioned_groups_flat[group]
                 yield Fragment(name, start, flat, offset, size, shard.detach().view(-1)[:size])
+
+
+def forget_gradients(engine: Any, stage: int) -> None:
+    """What was accumulated since the last step is dropped: an error may have ended an update between micro-batches."""
+    zero = engine.optimizer
+    if stage == 0:
+        engine.zero_grad()
+        return
+    zero.zero_grad(set_to_none=True)
+    if isinstance(zero, bf16_optimizer.BF16_Optimizer):
+        return
+    zero.averaged_gradients.clear()  # in place: parameters know this very dictionary
+    if stage < 3:
+        zero.all_grad_tensors.clear()
+        zero.micro_step_id = -1  # DeepSpeed's "no micro-batch yet"; at stage 3 zero_grad sets it
+        zero._epilogue_ran_this_backward = False
+
+
+def spoil_gradients(engine: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    """From stage 1 on: makes the global norm NaN on all ranks, which have to call this alike."""
+    if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):  # bfloat16 at stage 1
+        for gradients in engine.optimizer.fp32_groups_gradients_flat:
+            gradients.fill_(math.nan)
+        return
+    smallest = min(trained.values(), key=lambda p: shape_of(p).numel())
+    safe_set_full_grad(smallest, torch.full(shape_of(smallest), math.nan, device=device))
 
 
 def shape_of(p: Tensor) -> torch.Size:

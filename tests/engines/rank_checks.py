@@ -1,14 +1,19 @@
 """What the tests of the DeepSpeed learner do on every rank. They return plain values and numpy arrays."""
 
+import contextlib
+import gc
+import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from alignment.algorithms.objective import Objective
@@ -64,7 +69,7 @@ def embedded(kind: str = "tiny", total: int = 100, reference: bool = False, **op
 
 
 def numbers(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.float().numpy().copy() for name, tensor in weights.items()}
+    return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in weights.items()}
 
 
 def whole_weights(learner: DeepSpeedRank, form: Any = "merged") -> dict[str, np.ndarray]:
@@ -82,13 +87,29 @@ def advance(learner: PolicyLearner, batch: Batch) -> dict[str, float]:
     return metrics | {f"sft/{k}": v for k, v in learner.update(batch, Objective.supervised(), slot="sft").items()}
 
 
+def gradients_of_steps(learner: PolicyLearner) -> list[dict[str, np.ndarray]]:
+    """A list that every step adds its whole gradients to, as they are before they are clipped."""
+    found: list[dict[str, np.ndarray]] = []
+    stepper: Any = learner.slots["rl"].stepper
+    step = stepper.step
+
+    def observed(loss: Tensor) -> Any:
+        whole = {name: p.grad if p.grad is not None else safe_get_full_grad(p) for name, p in learner.trained.items()}
+        found.append(numbers({name: gradient for name, gradient in whole.items() if gradient is not None}))
+        return step(loss)
+
+    stepper.step = observed
+    return found
+
+
 def train(
     kind: str, count: int = 5, reference: bool = False, **options: Any
-) -> tuple[list[dict[str, float]], Any, str]:
-    """Metrics of ``count`` updates of mixed kinds, the weights after them, and the fingerprint."""
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """Metrics of ``count`` updates of mixed kinds, the weights after them, and the gradients of each step."""
     learner = rank_of(kind, reference=reference, **options)
+    gradients = gradients_of_steps(learner)
     metrics = [learner.update(batch, grpo()) for batch in batches(count)]
-    result = metrics, whole_weights(learner), learner.fingerprint()
+    result = metrics, whole_weights(learner), gradients
     learner.close()
     return result
 
@@ -99,7 +120,7 @@ def annotate(kind: str, **options: Any) -> dict[str, np.ndarray]:
     for when, batch in enumerate(batches(2)):
         done = learner.annotate(batch, {"old_logp", "entropy", "reference"})
         for name in ("old_logp_BT", "entropy_BT", "ref_logp_BT"):
-            found[f"{name} {when}"] = getattr(done, name).numpy().copy()
+            found[f"{name} {when}"] = getattr(done, name).cpu().numpy().copy()
         learner.update(done, grpo())
     learner.close()
     return found
@@ -107,12 +128,16 @@ def annotate(kind: str, **options: Any) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Spoiled(Reinforce):
-    """Something is not finite on the last rank."""
+    """Something is not finite on the last rank; or, what: ``error``, all ranks fail at the second micro-batch."""
 
     what: str = "nothing"
+    seen: list[Batch] = field(default_factory=list)
 
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, sums = super().loss(logp_BT, entropy_BT, micro)
+        self.seen.append(micro)
+        if self.what == "error" and len(self.seen) == 2:
+            raise ValueError("the second micro-batch")
         if dist.get_rank() < dist.get_world_size() - 1 or self.what == "nothing":
             return loss, sums
         if self.what == "loss":  # and not the gradient
@@ -124,20 +149,25 @@ class Spoiled(Reinforce):
 def moments(learner: DeepSpeedRank) -> list[np.ndarray]:
     backend: Any = learner.backend
     return [
-        part.of(state).float().numpy().copy()
+        part.of(state).float().cpu().numpy().copy()
         for part in backend.fragments()
         for key, state in sorted(learner.slots["rl"].adamw.state[part.flat].items())
         if key != "step"
     ]
 
 
-def skip(stage: int, what: str, **options: Any) -> dict[str, Any]:
-    """A good step, two spoiled ones, and a good one: what they left unchanged and what was counted."""
+def skip(stage: int, **options: Any) -> dict[str, Any]:
+    """A good step, a spoiled loss, a spoiled gradient, an error half way, and a good step: what was left unchanged
+    and what was counted."""
     learner = rank_of(zero_stage=stage, total=10, schedule="linear", **options)
     good, other = batches(2)
     learner.update(good, Reinforce())
     before, moved = whole_weights(learner), moments(learner)
-    spoiled = [learner.update(good, Spoiled(what=what)) for _ in range(2)]
+    spoiled = [learner.update(good, Spoiled(what=what)) for what in ("loss", "gradient")]
+    try:
+        learner.update(good, Spoiled(what="error"))
+    except ValueError as error:
+        assert str(error) == "the second micro-batch"
     after, left = whole_weights(learner), moments(learner)
     last = learner.update(other, Reinforce())
     result = {
@@ -208,3 +238,44 @@ def publish(kind: str, form: str, bucket_bytes: int, **options: Any) -> list[dic
     buckets = [numbers(bucket) for bucket in learner.weights(bucket_bytes, form)]  # pyright: ignore[reportArgumentType]
     learner.close()
     return buckets
+
+
+def held(stage: int, dtype: str) -> dict[str, Any]:
+    """What the engine holds between updates, in bytes, and how it started: what it printed, and how many elements of
+    parameters were whole when DeepSpeed got the model."""
+    whole, initialize, said = list[int](), deepspeed.initialize, io.StringIO()
+
+    def observed(**arguments: Any) -> Any:
+        whole.append(sum(p.numel() for p in arguments["model"].parameters()))
+        return initialize(**arguments)
+
+    deepspeed.initialize = observed
+    try:
+        with contextlib.redirect_stdout(said):
+            learner = rank_of(zero_stage=stage, dtype=dtype)
+    finally:
+        deepspeed.initialize = initialize
+    learner.update(batches(1)[0], Reinforce())
+    gc.collect()
+    backend: Any = learner.backend
+    kinds = [learner.trained, vars(backend.engine.optimizer), learner.slots["rl"].adamw.state]
+    found = sum(_storages(kinds, 0, {}).values())
+    learner.close()
+    return {"bytes": found, "whole": whole, "said": said.getvalue()}
+
+
+def _storages(value: Any, depth: int, seen: dict[int, int]) -> dict[int, int]:
+    """Bytes of every storage that is reached from ``value``, by address."""
+    inner: Any = ()
+    if isinstance(value, Tensor):
+        seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        inner = [getattr(value, "ds_tensor", None), value.grad if value.is_leaf else None]
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        inner = value
+    elif type(value).__name__.startswith("IPGBucket"):
+        inner = vars(value).values()
+    for each in inner if depth < 8 else ():
+        _storages(each, depth + 1, seen)
+    return seen

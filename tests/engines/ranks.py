@@ -24,7 +24,9 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, ranks: int, port: int, pipe: Connection, gpu: bool) -> None:
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks that shared one would be refused by NCCL
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     import torch
@@ -43,19 +45,23 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
 
 
 class World:
-    """``ranks`` processes in a process group of their own."""
+    """``ranks`` processes in a process group of their own, which see no GPU unless asked to."""
 
-    def __init__(self, ranks: int) -> None:
-        context = multiprocessing.get_context("forkserver")
+    def __init__(self, ranks: int, gpu: bool = False) -> None:
+        # CUDA cannot be used in a process that was forked after it was looked for, which importing DeepSpeed does.
+        context: Any = multiprocessing.get_context("spawn" if gpu else "forkserver")
         context.set_forkserver_preload(PRELOADED)  # what all of them import is imported once
         pairs, port = [context.Pipe() for _ in range(ranks)], _free_port()
         self.pipes = [ours for ours, _ in pairs]
         self.processes = [
-            context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, ranks, port, theirs, gpu), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
-        for process in self.processes:
-            process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            if not gpu:
+                patch.setenv("CUDA_VISIBLE_DEVICES", "")  # also for the server that they are forked from
+            for process in self.processes:
+                process.start()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(*args)`` on every rank: the results in rank order."""
@@ -81,19 +87,19 @@ class World:
 
 
 @cache
-def world(ranks: int) -> World:
+def world(ranks: int, gpu: bool = False) -> World:
     """The world of that size, started when first asked for."""
-    return World(ranks)
+    return World(ranks, gpu)
 
 
 @pytest.fixture(scope="module")
 def worlds() -> Any:
     """Makes worlds; ends them with the module."""
-    made: dict[int, World] = {}
+    made: dict[tuple[int, bool], World] = {}
 
-    def get(ranks: int) -> World:
-        made[ranks] = world(ranks)
-        return made[ranks]
+    def get(ranks: int, gpu: bool = False) -> World:
+        made[ranks, gpu] = world(ranks, gpu)
+        return made[ranks, gpu]
 
     yield get
     for each in made.values():
