@@ -85,5 +85,5 @@ def _arguments(spec: EngineSpec, cpu: bool) -> dict[str, Any]:
         arguments["enable_sleep_mode"] = True
     if spec.lora is not None:
         rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= spec.lora.rank)
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, "lora_dtype": dtype}
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     return arguments

@@ -2,10 +2,12 @@
 
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from alignment.engines.checksum import checksum
@@ -17,6 +19,7 @@ from alignment.engines.vllm_config import VllmSamplerConfig
 from alignment.engines.vllm_engine import VllmEngine
 from alignment.engines.vllm_sampler import VllmSampler
 from alignment.errors import UserError
+from alignment.recipe import Lora
 from alignment.types import Batch, Completion, Request
 from tests.engines.helpers import Reinforce, learner_of, make_batch
 from tests.engines.vllm_helpers import drain, publish, requests, sampler_of, site_of, small, worst
@@ -24,10 +27,11 @@ from tests.engines.vllm_helpers import drain, publish, requests, sampler_of, sit
 
 def pair(module: nn.Module, **options: Any) -> tuple[TorchLearner, VllmSampler, MemoryTransport]:
     learner = learner_of(module)
-    chosen: dict[str, Any] = {"max_num_seqs": 8, "lora": options.pop("lora", "merged")}
-    form = chosen["lora"]
-    sampler = VllmSampler(options.pop("site", site_of(module)), VllmSamplerConfig(**chosen))
-    transport = MemoryTransport(learner, sampler, MemoryTransportConfig(bucket_mb=0.01, form=form))
+    config = VllmSamplerConfig(**({"max_num_seqs": 8} | options))
+    lora = Lora(rank=8, alpha=16) if isinstance(module, PeftModel) else None
+    origin: Any = SimpleNamespace(config=SimpleNamespace(lora=lora))
+    sampler = VllmSampler(site_of(module, origin=origin), config)
+    transport = MemoryTransport(learner, sampler, MemoryTransportConfig(bucket_mb=0.01, form=config.lora))
     return learner, sampler, transport
 
 
@@ -81,6 +85,29 @@ def test_published_weights_are_those_that_sample(architecture, options):
         options.get("tie_word_embeddings")
     )
     assert metrics["publish_bytes"] == sum(p.nbytes for p in module.parameters()) and metrics["publish_buckets"] > 3
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_an_adapter_that_is_published_samples(form):
+    """Added to the weights on their way, or alone, over a base that the engine has had from the beginning."""
+    module = adapted(small("Llama"))
+    learner, sampler, transport = pair(module, lora=form)
+    asked = requests(6, 12)
+    with closing(sampler):
+        for version in range(2):
+            metrics = transport.publish(version)
+            assert worst(module, asked, sampled(sampler, asked)) < 1e-4
+            learner.update(make_batch(seed=version), Reinforce())
+        assert worst(module, asked, sampled(sampler, asked)) > 1e-3  # the last update was not published
+    base = sum(1 for name, _ in module.named_parameters() if "lora_" not in name)
+    assert metrics["publish_tensors"] == (base if form == "merged" else len(learner.trained))
+
+
+def adapted(module: nn.Module) -> nn.Module:
+    """With a random adapter, of the smallest rank that vLLM has, on every linear layer."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(module, config)  # pyright: ignore[reportArgumentType]
 
 
 class TestInFlight:
