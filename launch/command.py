@@ -50,8 +50,7 @@ def launch(
     ray_stages = [index for index, stage in enumerate(recipe.stages) if clusters.name_of(stage.cluster) == "ray"]
     if problems := [*_misfits(on, spec, root, bool(ray_stages)), *_too_small(on, spec, root, recipe)]:
         raise RecipeError(problems)
-    if on == "slurm" and not spec.gpus_per_node and not all(map(_asks_for_cpus, recipe.stages)):
-        sys.stderr.write("align launch: gpus_per_node is 0, so this trains on CPUs\n")
+    sys.stderr.write(_note(on, spec, recipe))
     joins = bool(ray_stages) and on != "local"
     if joins:  # the cluster that the launcher starts or names, in place of a private one
         for_recipe += [f"stages.{index}.cluster.address=auto" for index in ray_stages]
@@ -80,6 +79,13 @@ def _train(recipes: Sequence[Path], overrides: Sequence[str]) -> tuple[str, ...]
     """The arguments of the interpreter that trains. Paths are in full: the job may start elsewhere."""
     sets = [word for text in overrides for word in ("--set", text)]
     return ("-m", "alignment", "train", *(str(path.resolve()) for path in recipes), *sets)
+
+
+def _note(on: str, spec: ClusterSpec, recipe: Recipe) -> str:
+    """What may be meant otherwise, though it goes together."""
+    if on != "slurm" or spec.gpus_per_node or all(map(_asks_for_cpus, recipe.stages)):
+        return ""
+    return "align launch: gpus_per_node is 0, so this trains on CPUs\n"
 
 
 def _asks_for_cpus(stage: Any) -> bool:
