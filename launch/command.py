@@ -45,8 +45,7 @@ def launch(
     if on not in RENDERERS:
         raise UserError(f"--on {on}: give one of {', '.join(RENDERERS)}")
     spec, root = load_cluster(cluster, [text for text in overrides if is_cluster_override(text)])
-    for_recipe = [text for text in overrides if not is_cluster_override(text)]
-    recipe = load(recipes, for_recipe)
+    recipe = load(recipes, for_recipe := [text for text in overrides if not is_cluster_override(text)])
     ray_stages = [index for index, stage in enumerate(recipe.stages) if clusters.name_of(stage.cluster) == "ray"]
     if problems := [*_misfits(on, spec, root, bool(ray_stages)), *_too_small(on, spec, root, recipe)]:
         raise RecipeError(problems)
