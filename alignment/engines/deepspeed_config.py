@@ -30,7 +30,8 @@ class DeepSpeedLearnerConfig(LearnerOptions):
         option("what is kept in parts: 0 nothing, 1 the optimizer's moments, 2 also gradients, 3 also weights"),
     ] = 2
     dtype: Annotated[
-        Literal["float32", "bfloat16"], option("of weights and arithmetic; bfloat16 has float32 master weights")
+        Literal["float32", "bfloat16"],
+        option("of weights and arithmetic, whatever model.dtype says; bfloat16 has float32 master weights"),
     ] = "float32"
     offload: Annotated[
         Literal["none", "optimizer", "parameters"],

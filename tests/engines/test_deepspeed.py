@@ -152,7 +152,7 @@ def test_too_many_such_steps_in_a_row_stop_every_rank(worlds):  # noqa: F811
 @pytest.mark.parametrize(
     ("kind", "stage", "options"),
     [
-        ("tiny", 1, {}),
+        marked("tiny", 1, {}),
         ("dropout", 2, {}),
         ("tiny", 2, {"dtype": "bfloat16"}),
         ("bfloat16", 2, {}),
@@ -197,7 +197,7 @@ def test_its_policy_and_reference_are_files_of_the_torch_learner(worlds, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "stage", "ranks", "then"),
     [
-        ("tiny", 2, 2, 1),
+        marked("tiny", 2, 2, 1),
         ("lora", 1, 1, 2),
         marked("tiny", 1, 2, 1),
         marked("tiny", 2, 1, 2),
