@@ -23,7 +23,8 @@ from tests.tiny import merged, tiny, write
 ROOT = Path(__file__).parents[1]
 MODEL = {"build": {"hidden_size": 64, "heads": 2, "kv_heads": 2}}
 REWARD = [{"name": "format", "pattern": "[0-4].*"}]  # one that an untrained model sometimes earns
-ONE_PROCESS: dict[str, Any] = {"model": MODEL, "rewards": REWARD, "stages": {1: {"sampler": {"name": "vllm", "sleep": True}}}}
+IN_TURNS = {"name": "vllm", "sleep": True}
+ONE_PROCESS: dict[str, Any] = {"model": MODEL, "rewards": REWARD, "stages": {1: {"sampler": IN_TURNS}}}
 CLUSTER: dict[str, Any] = {
     "model": MODEL,
     "rewards": REWARD,
@@ -179,7 +180,7 @@ def test_a_dead_rank_ends_the_run_by_name_and_the_same_command_goes_on(live_ray,
 def test_a_rollout_engine_that_is_killed_costs_nothing_but_time(live_ray, tmp_path):
     """Here engine and learner work in turns, so it may be asleep when it is killed."""
     run = tmp_path / "runs/faults"
-    turns = {"sampler": {"name": "vllm", "sleep": True}, "cluster": {"name": "ray", "placement": "colocated"}}
+    turns = {"sampler": IN_TURNS, "cluster": {"name": "ray", "placement": "colocated"}}
     change = {"stages": {1: {"steps": 30, "max_staleness": 0, **turns}}, "run": {"save_every": 0}}
     with started(live_ray, tmp_path, merged(LONG, change)) as process:
         wait_for_step(run, 6, process)

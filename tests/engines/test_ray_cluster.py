@@ -71,7 +71,7 @@ def test_the_cores_of_a_machine_are_divided_among_the_processes_on_it(monkeypatc
         assert cluster._environment(slot)["OMP_NUM_THREADS"] == "6", "8 ranks and 2 engines of 4 on 96 cores"
 
 
-def comes_true(question, within_s=30):
+def comes_true(question, within_s=120):
     deadline = time.monotonic() + within_s
     while not (answer := question()) and time.monotonic() < deadline:
         time.sleep(0.05)
