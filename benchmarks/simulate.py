@@ -46,6 +46,8 @@ MEAN_S, LIMIT_S, PUBLISH_S = 60.0, 240.0, 1.0
 """Of a completion, of the longest, and of the weights on their way, in simulated seconds."""
 GROUP = 8
 TOKENS = 24
+MANY = 512
+"""Engines with which a step has so many rollouts that four steps are enough."""
 WARMUP = 2
 """Steps at the beginning that do not count."""
 
@@ -180,8 +182,12 @@ def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too")
     args = parser.parse_args()
-    sizes, steps = (QUICK_WORKERS, 4) if args.quick else (WORKERS, 8)
-    rows = [simulate(workers, staleness, steps) for workers in sizes for staleness in (0, 1, 2)]
+    sizes = QUICK_WORKERS if args.quick else WORKERS
+    rows = []
+    for workers in sizes:
+        steps = 4 if args.quick or workers > MANY else 8
+        rows += [simulate(workers, staleness, steps) for staleness in (0, 1, 2)]
+        harness.console.print(f"{workers:,} engines are done")
     largest = rows[-1]
     saturated = int(largest["engines"] / largest["controller busy"])
     if args.plot:
