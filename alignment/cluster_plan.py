@@ -196,7 +196,7 @@ def on_cluster(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOn
         cache=cache,
         host_bytes=ranks * host_bytes(load.shape, load.model, Training.of(stage.learner, load.model)),
         problems=(*unfit(stage, load, hardware), *_short(found)),
-        notes=tuple(_notes(stage, load, hardware, cache)),
+        notes=tuple(_notes(stage, hardware, cache)),
     )
 
 
@@ -258,19 +258,12 @@ def unfit(stage: Any, load: Load, hardware: Hardware) -> list[str]:
     return found
 
 
-def _notes(stage: Any, load: Load, hardware: Hardware, cache: Cache | None) -> list[str]:
+def _notes(stage: Any, hardware: Hardware, cache: Cache | None) -> list[str]:
     """What can run, but not as well as it could."""
     found: list[str] = []
-    needs, rows = needs_of(stage), load.minibatch_rows
-    ranks = needs.learner_ranks
+    needs = needs_of(stage)
     if getattr(stage.cluster, "device", None) == "cpu":
         found.append("cluster.device is cpu, so ranks and engines stay off these GPUs; set it to auto to use them")
-    if ranks and rows % ranks and rows > ranks:
-        even = [n for n in range(1, hardware.nodes * hardware.gpus + 1) if rows % n == 0]
-        found.append(
-            f"a mini-batch of {rows} rows does not divide among {ranks} ranks, so some have a row more; "
-            f"learner.ranks {_around(ranks, even)} would"
-        )
     prompts = getattr(stage, "prompts_per_step", None)
     if prompts and needs.engines > prompts:
         found.append(
@@ -287,11 +280,6 @@ def _notes(stage: Any, load: Load, hardware: Hardware, cache: Cache | None) -> l
         ways = "cluster: ray uses more than one" if is_local(stage) else "raise learner.ranks or sampler.engines"
         found.append(f"{counted(spare, 'GPU')} would be idle; {ways}")
     return found
-
-
-def _around(number: int, candidates: Sequence[int]) -> str:
-    below, above = [c for c in candidates if c < number][-1:], [c for c in candidates if c > number][:1]
-    return " or ".join(map(str, below + above))
 
 
 def _listed(numbers: Sequence[int]) -> str:

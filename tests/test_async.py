@@ -437,3 +437,10 @@ def test_what_fails_while_the_learner_works_stops_the_run_between_two_steps(tmp_
             train_online(made, stage, made.state)
         assert made.state.step == made.engines.learner.updates == 3  # pyright: ignore
         assert made.settled, "the step that was under way is complete, and may be saved"
+
+
+def test_what_is_too_old_is_noticed_when_it_is_trained_on(tmp_path):
+    with job(tmp_path, Setup(staleness=1)) as (made, stage):
+        made.engines.transport.publish = lambda version: {}  # pyright: ignore - new weights never arrive
+        with pytest.raises(AssertionError, match="a group is 2 policy versions old, more than 1"):
+            train_online(made, stage, made.state)

@@ -119,9 +119,8 @@ def test_what_does_not_go_together_is_told_with_what_would(overrides, told):
     assert told in "\n".join(planned("gsm8k_8gpu", hardware, *overrides).problems)
 
 
-def test_uneven_ranks_and_engines_without_work_are_worth_a_note():
+def test_gpus_and_engines_without_work_are_worth_a_note():
     notes = "\n".join(planned("gsm8k_8gpu", Hardware(1, 8), "stages.0.learner.ranks=3").notes)
-    assert "1280 rows does not divide among 3 ranks, so some have a row more; learner.ranks 2 or 4 would" in notes
     assert "1 GPU would be idle; raise learner.ranks or sampler.engines" in notes
     few = planned("gsm8k_8gpu", Hardware(1, 8), "stages.0.prompts_per_step=2", "stages.0.algorithm.minibatches=1")
     assert any("2 prompts of a step for 4 engines" in note for note in few.notes)
