@@ -27,7 +27,7 @@ STEPS, SKIPPED = 25, 5
 
 def simulated(quick: bool) -> list[dict[str, Any]]:
     """Steps per hour by the staleness that is allowed."""
-    found = {k: simulate(8 if quick else 32, k, 4 if quick else 20) for k in (0, 1, 2, 4)}
+    found = {k: simulate(8 if quick else 32, k, 2 if quick else 18) for k in (0, 1, 2, 4)}
     lockstep = found[0]["step, simulated s"]
     return [
         {
