@@ -59,6 +59,7 @@ def head(tmp_path_factory):
         "--dashboard-host=127.0.0.1",
     ]
     command += ["--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # another cluster of this machine has Ray's own
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
