@@ -85,12 +85,12 @@ class Pool:
         self._pending, self._deliver = deque(calls), deliver
         try:
             self._poll(0.0)  # a worker may have died since the last run
-            while self._pending or self._single or any(w.calls for w in self._workers):
-                if self._interrupted:
-                    raise UserError("scoring was stopped")
+            while not self._interrupted and (self._pending or self._single or any(w.calls for w in self._workers)):
                 self._dispatch()
                 self._poll()
                 self._expire()
+            if self._interrupted:  # then the answers of workers that were ended are none
+                raise UserError("scoring was stopped")
         finally:
             self._pending, self._single, self._streaks = deque(), deque(), {}
             for worker in list(self._workers):

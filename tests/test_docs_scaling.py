@@ -43,7 +43,7 @@ def test_every_command_runs(line, tmp_path):
 def test_the_stage_loads(tmp_path):
     values: Any = YAML(typ="safe").load(BASE)
     (keys,) = YAML(typ="safe").load(STAGES[0])["stages"]
-    values["stages"] = [{**values["stages"][1], "learner": "torch", "cluster": "ray", **keys}]
+    values["stages"] = [{**values["stages"][1], "learner": {"name": "deepspeed", "ranks": 2}, "cluster": "ray", **keys}]
     with (tmp_path / "recipe.yaml").open("w") as file:
         YAML().dump(values, file)
     (stage,) = load([tmp_path / "recipe.yaml"]).stages
