@@ -18,6 +18,8 @@ from alignment.registry import REGISTRIES, Entry, Registry
 from alignment.tasks.levels import level_table
 from alignment.tasks.task import tasks
 
+COMPONENTS = ("alignment.recipe", "alignment.algorithms.decodings", "alignment.evaluation.benchmarks", "rewards")
+"""Modules that register ours."""
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -29,7 +31,7 @@ def describe_components(kind: str | None, name: str | None, plugins: Sequence[st
     Raises:
         UserError: There is no such kind or component, or a plugin cannot be imported.
     """
-    for module in ("alignment.recipe", "alignment.evaluation.benchmarks", "rewards", *plugins):
+    for module in (*COMPONENTS, *plugins):
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:  # whatever a user's module may do when it is imported

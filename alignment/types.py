@@ -75,6 +75,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
+    tilt: tuple[float, ...] = ()
+    """Strength of each model that the sampler's decoding steers with; empty: the policy's own distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,8 @@ class Rollout:
         plain["versions"] = tuple(tuple(run) for run in plain["versions"])
         plain["turns"] = tuple(tuple(turn) for turn in plain["turns"])
         sampling = dict(plain["sampling"])
-        plain["sampling"] = SamplingParams(**{**sampling, "stop_ids": tuple(sampling["stop_ids"])})
+        lists = {name: tuple(sampling.get(name, ())) for name in ("stop_ids", "tilt")}
+        plain["sampling"] = SamplingParams(**{**sampling, **lists})
         plain["scores"] = {name: Score(**score) for name, score in plain["scores"].items()}
         return cls(**plain)
 

@@ -34,6 +34,9 @@ class Site:
     """Folders that every process joins to the end of ``sys.path``."""
     idle: Callable[[], None] = _nothing
     """Called about ten times a second by whatever waits for another process; may raise to give the wait up."""
+    decoding: Any = None
+    """A component of :data:`alignment.algorithms.decodings.decodings` that changes each token's distribution; None:
+    the policy's own. Only requests with a ``tilt`` are decoded so."""
 
 
 @runtime_checkable
