@@ -107,12 +107,13 @@ def _stream(sampler: Sampler, waited_for: set[str]) -> Iterator[Completion]:
         sampler.abort(waited_for)
 
 
-def check_request(request: Request, max_positions: int | None) -> None:
+def check_request(request: Request, max_positions: int | None, models: int = 0) -> None:
     """Refuses what no sampler can do.
 
     Args:
         request: To be sampled.
         max_positions: Longest sequence of the model, in tokens; None where it has no bound.
+        models: What the sampler's decoding steers with, each of which a ``tilt`` has a number for.
 
     Raises:
         UserError: It is empty, asks for no tokens, has a bad option, or is too long for the model.
@@ -124,6 +125,10 @@ def check_request(request: Request, max_positions: int | None) -> None:
         (not p.temperature >= 0.0, f"temperature is {p.temperature}; it must be 0 (greedy) or more"),
         (not 0.0 < p.top_p <= 1.0, f"top_p is {p.top_p}; it must be above 0 and at most 1 (1 is off)"),
         (p.top_k < 0, f"top_k is {p.top_k}; it must be 0 (off) or more"),
+        (
+            bool(p.tilt) and len(p.tilt) != models,
+            f"tilt has {len(p.tilt)} numbers, and the sampler's decoding steers with {models or 'no'} models",
+        ),
         (
             max_positions is not None and length + p.max_tokens > max_positions,
             f"{length} prompt tokens + max_tokens {p.max_tokens} exceed the model's {max_positions} positions",

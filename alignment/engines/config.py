@@ -104,10 +104,15 @@ class TransformersSamplerConfig:
     ] = "none"
 
     def build(self, site: Site, learner: Any) -> "TransformersSampler":
-        """The sampler over the learner's module, so that it always sees the newest weights; or over the model's."""
+        """The sampler over the learner's module, so that it always sees the newest weights; or over the model's.
+
+        Raises:
+            UserError: A model of the site's decoding is missing, or does not fit the policy.
+        """
+        from alignment.engines.steering import SteeringPlan
         from alignment.engines.transformers_sampler import TransformersSampler
 
-        return TransformersSampler(getattr(learner, "module", site.model.module), self)
+        return TransformersSampler(getattr(learner, "module", site.model.module), self, SteeringPlan.of(site))
 
 
 @clusters.register("local", source="this project", evidence="end to end")

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from alignment.engines.config import TransformersSamplerConfig
 from alignment.engines.cpu import fitting_threads
+from alignment.engines.growing_cache import growing_cache
+from alignment.engines.guide import Row, Steered
 from alignment.engines.logprobs import evaluating
+from alignment.engines.steering import SteeringPlan
 from alignment.sampling import check_request
 from alignment.types import Completion, Request
 
@@ -36,11 +38,13 @@ class TransformersSampler:
     Args:
         module: The model; its device is where decoding happens.
         config: Rows per chunk and autocast.
+        plan: What steers requests that have a ``tilt``. Their logits are steered before all else, so that their
+            log-probabilities are those of the steered distribution.
     """
 
     name = "transformers"
 
-    def __init__(self, module: nn.Module, config: TransformersSamplerConfig) -> None:
+    def __init__(self, module: nn.Module, config: TransformersSamplerConfig, plan: SteeringPlan | None = None) -> None:
         self.module, self.config = module, config
         self.version = 0
         wrapped: Any = module
@@ -53,6 +57,8 @@ class TransformersSampler:
         self.flop_per_token = 2 * sum(sizes) / max(1, len(sizes))
         """Of a typical matrix product."""
         self.max_positions: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        self.plan = plan
+        self.steering = None if plan is None else plan.load(next(module.parameters()).device)
         self._waiting: list[Request] = []
         self._chunk: _Chunk | None = None
 
@@ -63,7 +69,9 @@ class TransformersSampler:
             UserError: A request is empty, asks for no tokens, has a bad option, or is too long for the model.
         """
         for request in requests:
-            check_request(request, self.max_positions)
+            check_request(request, self.max_positions, 0 if self.plan is None else self.plan.models)
+            if self.plan is not None:
+                self.plan.check(request)
         self._waiting += requests
 
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
@@ -119,6 +127,7 @@ class _Chunk:
         self.cache: DynamicCache | None = None
         self.mask_MT: Tensor | None = None
         self.position_M = self._tensor([len(r.prompt_ids) for r in requests])
+        self.steered = Steered(sampler.steering()) if sampler.steering is not None else None
         self.generated = 0
         self.versions: list[tuple[int, int]] = []
 
@@ -151,7 +160,7 @@ class _Chunk:
         width = max(len(ids) for ids in place)
         ids_PT = self._tensor([[*[0] * (width - len(ids)), *ids] for ids in place])
         mask_PT = self._tensor([[*[0] * (width - len(ids)), *[1] * len(ids)] for ids in place])
-        cache = _growing_cache(self.sampler.module)
+        cache = growing_cache(self.sampler.module)
         padded = any(len(ids) < width for ids in place)
         logits_PV = self._forward(ids_PT, cache, mask_PT if padded else None, (mask_PT.cumsum(1) - 1).clamp(min=0))
         prompt_M = self._tensor([place[r.prompt_ids] for r in self.requests])
@@ -188,6 +197,9 @@ class _Chunk:
         if self.sampler.version != (self.versions[-1][0] if self.versions else None):
             self.versions.append((self.sampler.version, self.generated))
         uniform_M = self.uniform_NL[self.row_M, self.generated]
+        if self.steered is not None:
+            last_M = self.token_NL[self.row_M, max(0, self.generated - 1)]
+            logits_MV = self.steered(logits_MV, [self._steered_row(n) for n in self.row_M.tolist()], last_M)
         if self.truncates:
             logits_MV = truncate(logits_MV, self.temperature_M, self.top_k_M, self.top_p_M)
         token_M, logp_M = draw(logits_MV, self.temperature_M, uniform_M)
@@ -200,6 +212,14 @@ class _Chunk:
         self.logp_NL[self.row_M, self.generated] = logp_M
         self.generated += 1
         return (token_M[:, None] == self.stop_MS).any(1) | (self.max_tokens_M <= self.generated)
+
+    def _steered_row(self, n: int) -> Row | None:
+        request = self.requests[n]
+        if not any(request.params.tilt):
+            return None
+        # Every row joins at its first token, so its tokens are those of its prompt.
+        length = len(request.prompt_ids) + self.generated
+        return Row(n, length, request.params.tilt, lambda: request.prompt_ids)
 
     def _retire(self, done_M: Tensor) -> list[Completion]:
         """Takes finished rows out of the batch and makes their completions."""
@@ -283,55 +303,3 @@ def _uniforms(requests: Sequence[Request], length: int) -> np.ndarray:
                 request.params.max_tokens
             )
     return values
-
-
-class _GrowingLayer(DynamicLayer):
-    """A cache layer that appends in place, in buffers with room to spare.
-
-    Its parent concatenates at every token: that copies the whole cache, and gives back and asks for its memory each
-    time, which was seen to take most of the decoding time.
-    """
-
-    room: tuple[Tensor, Tensor]
-    """Keys and values ``[rows, heads, positions, head size]``, of which the first ``used`` positions are filled."""
-    used = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        # Attention would convert the whole cache at every token: keys leave their rotation in float32.
-        device = key_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.room = (key_states[:, :, :0].to(dtype), value_states[:, :, :0].to(dtype))
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, self.used = self.used, self.used + key_states.shape[2]
-        if self.used > self.room[0].shape[2]:
-            self.room = (self._enlarged(self.room[0], start), self._enlarged(self.room[1], start))
-        self.room[0][:, :, start : self.used] = key_states
-        self.room[1][:, :, start : self.used] = value_states
-        return self._show()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.room = (self.room[0].index_select(0, indices), self.room[1].index_select(0, indices))
-        self._show()
-
-    def _enlarged(self, old: Tensor, filled: int) -> Tensor:
-        new = old.new_empty(*old.shape[:2], self.used + max(16, self.used // 2), old.shape[3])
-        new[:, :, :filled] = old[:, :, :filled]
-        return new
-
-    def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.room[0][:, :, : self.used], self.room[1][:, :, : self.used]
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def _growing_cache(module: nn.Module) -> DynamicCache:
-    """The model's own kind of cache, with its plain layers (not sliding or linear ones) replaced."""
-    cache = DynamicCache(config=module.config)  # pyright: ignore[reportArgumentType]
-    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache

@@ -179,3 +179,25 @@ def read_head(model: ValueModel, folder: Path) -> None:
     """
     own = model.head.state_dict()
     copy_into(own, read_tensors(folder / HEAD, own))
+
+
+def locate_value_model(address: str) -> Path:
+    """The folder of the value model at ``address``.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = Path(address).expanduser()
+    if is_value_model(folder):
+        return folder.resolve()
+    what = f"holds no {DESCRIPTION}" if folder.is_dir() else "does not exist"
+    raise UserError(f"value model {address}: the folder {what}; `align export` writes the value model of a run")
+
+
+def open_value_model(address: str, dtype: torch.dtype = torch.float32) -> ValueModel:
+    """The value model at ``address``, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: There is none, or it cannot be loaded.
+    """
+    return load_value_model(locate_value_model(address), dtype)
