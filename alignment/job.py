@@ -25,7 +25,7 @@ from alignment.ledger import Ledger
 from alignment.metrics import Phases, Record, Sink
 from alignment.models import Model, decode, stop_ids
 from alignment.positions import max_positions
-from alignment.recipe import OnlineStage, Recipe, Sampling, Stage
+from alignment.recipe import Recipe, RolloutStage, Sampling, Stage
 from alignment.rollouts import Player
 from alignment.runs import Run
 from alignment.scoring import Scorer
@@ -71,7 +71,7 @@ class Job:
         """What engines are built for."""
         recipe, stage = self.recipe, self.stage
         longest = [recipe.evaluation.sampling.max_tokens]
-        longest += [stage.sampling.max_tokens] if isinstance(stage, OnlineStage) else []
+        longest += [stage.sampling.max_tokens] if isinstance(stage, RolloutStage) else []
         need = recipe.data.max_prompt_tokens + max(longest)
         folders = tuple(map(str, recipe.plugin_folders))
         positions = max_positions(self.model.module) or need
@@ -143,7 +143,8 @@ class Job:
         config = self.recipe.evaluation
         stage_step = self.state.stage_step + step - self.state.step
         due = stage_step in (0, self.stage.steps) or bool(config.every and step % config.every == 0)
-        if not self.data.held_out or not due or step in self.evaluations:
+        rests = stage_step > 0 and self.stage.policy_rests(stage_step - 1)
+        if not self.data.held_out or not due or rests or step in self.evaluations:
             return None
         self.publish(step)
         with self.phases("evaluate"):
@@ -203,7 +204,7 @@ class Job:
         """What a stage learned from: demonstrations it was shown, or verdicts on its own rollouts."""
         config = self.recipe.stages[stage]
         steps = self.state.stage_step if stage == self.state.stage else config.steps
-        if isinstance(config, OnlineStage):
+        if isinstance(config, RolloutStage):
             return {"verdicts on its own rollouts": int(self.state.counters.get(f"verdicts/{config.name}", 0))}
         shown = sum(len(rollouts) for rollouts in self.data.demonstrations.values())
         return {"demonstrations": min(shown, steps * config.batch_size)}

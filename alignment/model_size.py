@@ -235,7 +235,7 @@ def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_to
     """
     training = Training.of(stage.learner, model)
     found = training_bytes(shape, model, training, row_tokens, -(-rows // training.ranks), stage.needs_reference)
-    if stage.stage == "online" and not hasattr(stage.sampler, "tensor_parallel"):
+    if stage.stage != "sft" and not hasattr(stage.sampler, "tensor_parallel"):
         cached = min(rows, getattr(stage.sampler, "batch_rows", rows))
         found["cache"] = cached * row_tokens * cache_bytes_per_token(shape, model.dtype)
     return {**found, "total": sum(found.values())}

@@ -1,21 +1,22 @@
-"""Online reinforcement learning (GRPO, RLOO, REINFORCE++, ...): one loop, read it top to bottom."""
+"""Online reinforcement learning (GRPO, PPO, ...) and the fitting of values: one loop, read it top to bottom."""
 
 from dataclasses import replace
 
 from alignment.algorithms.credit import credit
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import observe
+from alignment.algorithms.values import batch_metrics
 from alignment.collect import Collector, staleness
 from alignment.engines.roles import handles
 from alignment.flight import Watched
 from alignment.job import Job
 from alignment.metrics import summarise
 from alignment.offline import supervise
-from alignment.recipe import OnlineStage
+from alignment.recipe import RolloutStage
 from alignment.types import Context, Signals, TrainState
 
 
-def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
+def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState:
     """Samples, scores, credits, updates and publishes until the stage's steps are done.
 
     Args:
@@ -31,7 +32,7 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         UserError: A batch could not be filled, or too many rewards failed.
         EngineFailed: Of the learner's processes one died, or of the sampler's all did.
     """
-    algorithm, learner, phases = stage.algorithm, job.engines.learner, job.phases
+    algorithm, learner, phases = stage.credited, job.engines.learner, job.phases
     components, collector = stage.components(), _collector(job, stage)
     job.publish(state.step)
 
@@ -39,18 +40,18 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
         sealed = collector.collect(state)
         job.engines.rest()
         states, context = sealed.state.components, Context(sealed.state.step, job.seed, collector.roles)
-        objective = Objective.of(algorithm, states)
+        objective = None if stage.policy_rests(state.stage_step) else Objective.of(algorithm, states)
         slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.data.demonstrations, context)
         lag = staleness(slots["rl"], state.step)
         with phases("annotate"), job.meanwhile(collector.pump):
-            needs = objective.needs(staleness=lag) | algorithm.needs | learner.needs
-            batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
+            of_policy = objective.needs(staleness=lag) | learner.needs if objective is not None else frozenset[str]()
+            batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), of_policy | algorithm.needs)
         with phases("credit"):
             batch = credit(batch, algorithm, states)
         job.settled = False
         with phases("update"), job.meanwhile(collector.pump):
-            watched = Watched(objective) if job.engines.in_process else objective
-            metrics = learner.update(batch, watched)
+            watched = Watched(objective) if objective is not None and job.engines.in_process else objective
+            metrics = learner.update(batch, watched) | batch_metrics(batch)
             for slot in sorted(slots.keys() - {"rl"}):
                 metrics |= supervise(job, slots[slot], sealed.state.step, slot)
         metrics |= job.publish(sealed.state.step + 1)
@@ -59,7 +60,8 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
             signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
             states = observe(components, states, signals)
             state = replace(sealed.state.next_step(), components=states)
-            job.record_batch(state, batch, watched, sealed.state.components, metrics)
+            if watched is not None:
+                job.record_batch(state, batch, watched, sealed.state.components, metrics)
             metrics = metrics | summarise(sealed.sampled, sealed.dropped) | {"staleness": float(lag)}
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
@@ -67,10 +69,11 @@ def train_online(job: Job, stage: OnlineStage, state: TrainState) -> TrainState:
     return state
 
 
-def _collector(job: Job, stage: OnlineStage) -> Collector:
+def _collector(job: Job, stage: RolloutStage) -> Collector:
     """What fills the stage's batches."""
+    player = job.player(stage.environment)
     return Collector(
-        player=job.player(stage.environment),
+        player=player,
         scorer=job.scorer,
         prompts=job.data.train,
         curricula=stage.curricula,
@@ -79,7 +82,7 @@ def _collector(job: Job, stage: OnlineStage) -> Collector:
         params=job.params(stage.sampling),
         max_failed_share=job.recipe.scoring.max_failed_share,
         seed=job.seed,
-        roles=handles(job.engines.learner.roles),
+        roles=handles(job.engines.learner, player.tokens_of),
         phases=job.phases,
         steps=stage.steps,
         max_staleness=stage.max_staleness,

@@ -11,6 +11,7 @@ from alignment.algorithms.state import fresh
 from alignment.architectures import Shape
 from alignment.cluster_plan import Hardware, Load, StageOnCluster
 from alignment.cluster_remedies import planned
+from alignment.critics import ModelCritic
 from alignment.data.files import DatasetSource
 from alignment.data.hub import names_folder
 from alignment.data.load import SECTIONS, Section, accepted, longest_prompt, read_section
@@ -18,7 +19,7 @@ from alignment.errors import UserError
 from alignment.model_size import max_positions, memory_bytes
 from alignment.models import load_tokenizer
 from alignment.positions import demands, too_long
-from alignment.recipe import ModelConfig, OnlineStage, Recipe, SftStage, Stage
+from alignment.recipe import ModelConfig, Recipe, RolloutStage, SftStage, Stage
 from alignment.recipe_tree import Problem, RecipeError
 from alignment.registry import REGISTRIES
 from alignment.types import Prompt
@@ -209,7 +210,7 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
         section = data.get("demonstrations")
         group_size, minibatches, row_tokens = 1, 1, _longest(recipe, section.prompts) if section else None
     else:
-        prompts, group_size, minibatches = stage.prompts_per_step, stage.group_size, stage.algorithm.minibatches
+        prompts, group_size, minibatches = stage.prompts_per_step, stage.group_size, stage.credited.minibatches
         rows, row_tokens = prompts * group_size, recipe.data.max_prompt_tokens + stage.sampling.max_tokens
     budget = getattr(stage.learner, "micro_batch_tokens", None)
     minibatch_rows = rows // minibatches
@@ -246,18 +247,24 @@ def _longest(recipe: Recipe, demonstrations: Sequence[Prompt]) -> int | None:
 
 def _passes(stage: Stage) -> Iterator[str]:
     """Passes of a model over the rows of a step, in their order."""
-    if isinstance(stage, OnlineStage):
-        algorithm = stage.algorithm
+    trained = stage.updates_per_step
+    if isinstance(stage, RolloutStage):
+        algorithm = stage.credited
         objective = Objective.of(algorithm, fresh(stage.components()))
-        needs = objective.needs(staleness=stage.max_staleness) | algorithm.needs
+        needs = algorithm.needs | (objective.needs(staleness=stage.max_staleness) if trained else frozenset())
         yield "sample"
         if needs & {"old_logp", "entropy"}:
             named = {"old_logp": "old log-probabilities", "entropy": "entropies"}
             yield " and ".join(text for need, text in named.items() if need in needs)
         if "reference" in needs:
             yield "reference log-probabilities"
-    updates = stage.updates_per_step
-    yield "update" if updates == 1 else f"update ({updates} optimizer steps)"
+        if "values" in needs and isinstance(stage.values, ModelCritic):
+            yield "values"
+    if trained:
+        yield "update" if trained == 1 else f"update ({trained} optimizer steps)"
+    if isinstance(stage, RolloutStage) and isinstance(critic := stage.values, ModelCritic):
+        steps = (critic.epochs or stage.credited.epochs) * (critic.minibatches or stage.credited.minibatches)
+        yield "update of values" if steps == 1 else f"update of values ({steps} optimizer steps)"
 
 
 def _components(stage: Stage) -> Iterator[tuple[str, str]]:
@@ -267,7 +274,9 @@ def _components(stage: Stage) -> Iterator[tuple[str, str]]:
     if isinstance(stage, SftStage):
         parts = {"aggregation": stage.aggregation, **engines}
     else:
-        parts = {"environment": stage.environment, **stage.components(), **engines}
+        critics = {name: getattr(stage, name, None) for name in ("critic", "value_model", "prompt_value")}
+        critics = {name: part for name, part in critics.items() if part is not None}
+        parts = {"environment": stage.environment, **stage.components(), **critics, **engines}
     for place, part in parts.items():
         registry = next(r for r in REGISTRIES.values() if type(part) in {entry.cls for entry in r})
         name = registry.name_of(part)

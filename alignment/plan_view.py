@@ -74,7 +74,7 @@ def _section(numbers: Mapping[str, Any]) -> str:
 
 def _stage(stage: StagePlan) -> Table:
     table = _table(f"stage {stage.name} ({stage.stage}): {stage.steps:,} steps, each of")
-    if stage.stage == "online":
+    if stage.stage != "sft":
         rows = f"{stage.prompts:,} prompts x {stage.group_size} completions = {stage.rollouts:,} rollouts"
     else:
         rows = f"{stage.rollouts:,} demonstrations"

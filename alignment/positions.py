@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from alignment.recipe import OnlineStage, Recipe
+from alignment.recipe import Recipe, RolloutStage
 from alignment.recipe_tree import Place, Problem
 
 
@@ -12,7 +12,7 @@ def demands(recipe: Recipe) -> dict[str, list[tuple[Place, int]]]:
     online = [
         (("stages", index, "sampling", "max_tokens"), stage.sampling.max_tokens)
         for index, stage in enumerate(recipe.stages)
-        if isinstance(stage, OnlineStage)
+        if isinstance(stage, RolloutStage)
     ]
     evaluation: Place = ("evaluation", "sampling", "max_tokens")
     return {"train": [*online], "eval": [(evaluation, recipe.evaluation.sampling.max_tokens)]}

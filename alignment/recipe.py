@@ -7,30 +7,19 @@ A recipe is light: it holds components and engine options, no model, no engine a
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 from pydantic_core import to_json
 
-from alignment.algorithms.aggregations import Aggregation, aggregations
-from alignment.algorithms.algorithm import Algorithm
-from alignment.algorithms.objective import Objective
-from alignment.curricula import Curriculum, places, with_selector
-from alignment.curricula import curricula as curriculum_registry
-from alignment.engines import deepspeed_config, ray_config, transport_config, vllm_config  # noqa: F401 - they register engines
-from alignment.engines.config import Cluster, SamplerConfig, TransportConfig, clusters, samplers, transports
-from alignment.engines.learner_config import LearnerConfig, learners
 from alignment.environments import Environment, environments
 from alignment.recipe_checks import conflicts, model_problems, secrets
 from alignment.recipe_errors import problems_of, without
 from alignment.recipe_imports import import_problems
 from alignment.recipe_sections import (
     Build,
-    Choice,
-    Count,
     Data,
     Evaluation,
-    Label,
     Lora,
     ModelConfig,
     RewardChoice,
@@ -39,99 +28,11 @@ from alignment.recipe_sections import (
     Scoring,
     Section,
 )
+from alignment.recipe_stages import STAGES, OnlineStage, RolloutStage, SftStage, Stage, ValueStage
 from alignment.recipe_tree import Mark, Node, Place, Problem, RecipeError, mark_of, merge, plain
 from alignment.recipe_values import differences, plain_values
 from alignment.recipe_yaml import parse_override, read_file
-from alignment.registry import Registry, component
 from alignment.reward_registry import RewardSpec
-
-
-def _default(registry: Registry[Any], name: str) -> Any:
-    return Field(default_factory=lambda: registry.build(name))
-
-
-class SftStage(Section):
-    """Supervised fine-tuning on ``data.demonstrations``."""
-
-    stage: Literal["sft"] = "sft"
-    name: Label = "sft"
-    steps: Count
-    batch_size: Count = 32
-    """Demonstrations in a step."""
-    aggregation: Annotated[Aggregation, component(aggregations)] = _default(aggregations, "token_mean")
-    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
-    """Evaluates."""
-    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
-    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
-    transport: Annotated[TransportConfig, component(transports)] | None = None
-    """How new weights reach the sampler; None: as suits the two."""
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps in a step."""
-        return 1
-
-    @property
-    def needs_reference(self) -> bool:
-        """Never."""
-        return False
-
-    def components(self) -> dict[str, Any]:
-        """None of its components has a state."""
-        return {}
-
-    def objective(self) -> Objective:
-        """The negative log-likelihood."""
-        return Objective.supervised(self.aggregation)
-
-
-class OnlineStage(Section):
-    """Online reinforcement learning on ``data.train``."""
-
-    stage: Literal["online"] = "online"
-    name: Label = "rl"
-    steps: Count
-    prompts_per_step: Count = 32
-    group_size: Count = 8
-    """Completions of each prompt."""
-    sampling: Sampling = Sampling()
-    environment: Annotated[Environment, component(environments)] = _default(environments, "single_turn")
-    curricula: tuple[Annotated[Curriculum, component(curriculum_registry)], ...] = Field(
-        default_factory=lambda: (curriculum_registry.build("uniform"),)
-    )
-    algorithm: Algorithm = Field(default_factory=Algorithm)
-    max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Policy versions that a rollout may be behind the policy it trains."""
-    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
-    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
-    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
-    transport: Annotated[TransportConfig, component(transports)] | None = None
-    """How new weights reach the sampler; None: as suits the two."""
-
-    @field_validator("curricula")
-    @classmethod
-    def _select_first(cls, value: tuple[Curriculum, ...]) -> tuple[Curriculum, ...]:
-        return with_selector(value)
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps in a step."""
-        return self.algorithm.epochs * self.algorithm.minibatches
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any component compares the policy with a reference."""
-        return "reference" in self.algorithm.needs
-
-    def components(self) -> dict[str, Any]:
-        """Its components by their place, the key of their state."""
-        return {**places(self.curricula), **self.algorithm.components()}
-
-
-Stage = SftStage | OnlineStage
-STAGES = Choice(
-    "stage", "stages", {"sft": SftStage, "online": OnlineStage}, later=("preference", "value", "reward_model")
-)
 
 
 class Recipe(Section):
@@ -170,7 +71,7 @@ class Recipe(Section):
     @property
     def evaluation_environment(self) -> Environment:
         """The environment that evaluations play: the first online stage's."""
-        online = next((s for s in self.stages if isinstance(s, OnlineStage)), None)
+        online = next((s for s in self.stages if isinstance(s, RolloutStage)), None)
         return online.environment if online else environments.build("single_turn")
 
     def wants(self, sink: str) -> bool:
@@ -299,7 +200,7 @@ def _overlap(place: Place, other: Place) -> bool:
 
 def _with_evaluation_sampling(recipe: Recipe) -> Recipe:
     """Evaluations draw completions as long as the first online stage's, unless the recipe says otherwise."""
-    online = next((stage for stage in recipe.stages if isinstance(stage, OnlineStage)), None)
+    online = next((stage for stage in recipe.stages if isinstance(stage, RolloutStage)), None)
     sampling = recipe.evaluation.sampling
     if online is None or "max_tokens" in sampling.model_fields_set:
         return recipe
@@ -317,11 +218,13 @@ __all__ = [
     "OnlineStage",
     "Recipe",
     "RecipeError",
+    "RolloutStage",
     "Run",
     "Sampling",
     "Scoring",
     "SftStage",
     "Stage",
+    "ValueStage",
     "differences",
     "load",
 ]

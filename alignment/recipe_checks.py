@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.algorithms.advantages import advantages
 from alignment.algorithms.state import needs_of
+from alignment.critics import critics
 from alignment.engines.config import transports
 from alignment.recipe_tree import Node, Place, Problem, dotted, walk
 from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
 
 if TYPE_CHECKING:
-    from alignment.recipe import OnlineStage, Recipe, Stage
+    from alignment.recipe import OnlineStage, Recipe, Stage, ValueStage
+
+    Rollouts = OnlineStage | ValueStage
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
                 yield Conflict(place, "a stage 'sft' needs data.demonstrations", (("data", "demonstrations"),))
         else:
             yield from _online(recipe, stage, place)
+            yield from _values(stage, place)
             yield from _sizes(recipe, stage, place)
             yield from _needs(recipe, stage, place)
 
@@ -97,7 +101,7 @@ def _build(recipe: "Recipe") -> Iterator[Conflict]:
         fits = [n for n in range(1, build.heads + 1) if build.heads % n == 0]
         message = f"{build.kv_heads} does not divide heads ({build.heads}): {', '.join(map(str, fits))} would do"
         yield Conflict((*place, "kv_heads"), message, ((*place, "heads"),))
-    online = ((i, s) for i, s in enumerate(recipe.stages) if s.stage == "online")
+    online = ((i, s) for i, s in enumerate(recipe.stages) if s.stage != "sft")
     lengths: dict[Place, int] = {("stages", i, "sampling"): s.sampling.max_tokens for i, s in online}
     if recipe.data.eval is not None:
         lengths["evaluation", "sampling"] = recipe.evaluation.sampling.max_tokens
@@ -131,11 +135,11 @@ def _names(recipe: "Recipe") -> Iterator[Conflict]:
                 yield Conflict(place, f"there is another {what} '{name}'; {remedies[what]}", (place, others[0]))
 
 
-def _online(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
+def _online(recipe: "Recipe", stage: "Rollouts", place: Place) -> Iterator[Conflict]:
     if recipe.data.train is None:
-        yield Conflict(place, "a stage 'online' needs data.train", (("data", "train"),))
+        yield Conflict(place, f"a stage '{stage.stage}' needs data.train", (("data", "train"),))
     if not recipe.rewards:
-        yield Conflict(place, "a stage 'online' needs at least one entry in rewards", (("rewards",),))
+        yield Conflict(place, f"a stage '{stage.stage}' needs at least one entry in rewards", (("rewards",),))
     sampling = stage.sampling
     where: Place = (*place, "sampling")
     if sampling.temperature == 0:
@@ -216,8 +220,8 @@ def _transport(stage: "Stage", place: Place) -> Iterator[Conflict]:
         yield Conflict((*place, "transport"), f"'{name}' needs {needed}; leave it out for the one that suits", where)
 
 
-def _sizes(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
-    prompts, minibatches = stage.prompts_per_step, stage.algorithm.minibatches
+def _sizes(recipe: "Recipe", stage: "Rollouts", place: Place) -> Iterator[Conflict]:
+    prompts, minibatches = stage.prompts_per_step, stage.credited.minibatches
     if prompts % minibatches:
         divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
         low = prompts // minibatches * minibatches
@@ -237,7 +241,7 @@ def _sizes(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Con
             f"({completion}) need at least {prompt + completion}",
             (("data", "max_prompt_tokens"), (*place, "sampling"), (*place, "learner")),
         )
-    parts = {("algorithm", "advantage"): stage.algorithm.advantage}
+    parts = {("algorithm", "advantage"): stage.credited.advantage}
     parts |= {("curricula", i): c for i, c in enumerate(stage.curricula)}
     for where, part in parts.items():
         least = getattr(part, "min_group_size", 1)
@@ -250,18 +254,49 @@ def _sizes(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Con
             )
 
 
-def _needs(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
+def _values(stage: "Rollouts", place: Place) -> Iterator[Conflict]:
+    """Value models that have nothing to learn from, or nothing to be."""
+    field = "value_model" if stage.stage == "value" else "critic"
+    kind = None if stage.values is None else critics.name_of(stage.values)
+    here: Place = (*place, field)
+    if kind == "read_out":
+        yield Conflict(here, "'read_out' is a view of a critic, for prompt_value: use 'model' or 'head'")
+    if kind == "head" and stage.stage == "value":
+        yield Conflict(here, "'head' learns in the steps of the policy, which rests in a stage 'value': use 'model'")
+    if kind == "model" and stage.stage == "online" and getattr(stage.values, "head", None) == "vocabulary":
+        message = "'vocabulary' has no value of a prompt's end, which advantages need: use 'state'"
+        yield Conflict((*here, "head"), message)
+    if stage.values is not None and not hasattr(stage.credited.advantage, "returns"):
+        makers = ", ".join(entry.name for entry in advantages if hasattr(entry.cls, "returns"))
+        message = f"has nothing to learn from, since the advantage makes no returns: take algorithm.advantage {makers}"
+        yield Conflict(here, f"{message}, or leave the critic out", ((*place, "algorithm"),))
+    asked = stage.prompt_value
+    if asked is not None and critics.name_of(asked) == "head":
+        yield Conflict((*place, "prompt_value"), "'head' learns with the policy: use 'model' or 'read_out'")
+    if asked is not None and critics.name_of(asked) == "read_out" and kind not in ("model", "head"):
+        message = "'read_out' reads the critic, and this stage has none: give it a critic, or use 'model'"
+        yield Conflict((*place, "prompt_value"), message, (here,))
+    if getattr(asked, "head", "state") == "vocabulary":
+        yield Conflict((*place, "prompt_value", "head"), "'vocabulary' has no value of a prompt's end: use 'state'")
+
+
+def _needs(recipe: "Recipe", stage: "Rollouts", place: Place) -> Iterator[Conflict]:
     """What components ask for and nothing in the recipe provides. A reference can always be made."""
-    parts = {("algorithm", *_parts(name)): c for name, c in stage.algorithm.components().items()}
+    parts = {("algorithm", *_parts(name)): c for name, c in stage.credited.components().items()}
+    provided = {"values"} if stage.values is not None else set[str]()
+    provided |= {"role:prompt_value"} if stage.prompt_value is not None else set()
     parts |= {("curricula", i): c for i, c in enumerate(stage.curricula)}
     for where, part in parts.items():
         here: Place = (*place, *where)
-        for need in needs_of(part):
+        for need in set(needs_of(part)) - provided:
             if need == "values":
                 others = [entry.name for entry in advantages if not _asks_values(entry.cls)]
                 hint = f" (without a critic: {', '.join(others)})" if where[-1] == "advantage" else ""
-                message = f"needs values, which a critic makes, and this recipe has no critic{hint}"
-                yield Conflict(here, message, (here,))
+                message = f"needs values, which a critic makes: give the stage one, such as critic: model{hint}"
+                yield Conflict(here, message, (here, (*place, "critic")))
+            elif need == "role:prompt_value":
+                message = "needs a model that predicts what comes of prompts: give the stage one, prompt_value: model"
+                yield Conflict(here, message, (here, (*place, "prompt_value")))
             elif need.startswith("role:"):
                 message = f"needs the model role '{need[5:]}', which nothing in this recipe provides"
                 yield Conflict(here, message, (here,))

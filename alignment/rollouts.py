@@ -108,6 +108,14 @@ class Player:
         self.playing.update({episode.id: (episode, group, self) for group in groups for episode in group.episodes})
         return groups
 
+    def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        """What the model is shown of a prompt.
+
+        Raises:
+            UserError: It has more than ``max_prompt_tokens`` tokens.
+        """
+        return open_episode(self.environment, self.tokenizer, self.max_prompt_tokens, prompt)[1]
+
     def pump(self, timeout_s: float | None = None) -> None:
         """Takes in what the sampler has finished, as :meth:`Sampler.poll` says, and asks for the turns that follow."""
         completions = self.sampler.poll(timeout_s)

@@ -18,7 +18,7 @@ from alignment.offline import train_supervised
 from alignment.online import train_online
 from alignment.origin import Origin, copy_policy
 from alignment.positions import max_positions, too_long
-from alignment.recipe import OnlineStage, Recipe, RecipeError, Stage, differences, load
+from alignment.recipe import OnlineStage, Recipe, RecipeError, RolloutStage, Stage, differences, load
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
@@ -154,12 +154,13 @@ def _stages(job: Job, saved: Saved | None) -> None:
 def _run_stage(job: Job, stage: Stage, saved: Saved | None) -> None:
     """What is left of a stage. Its last step is saved: the next stage's processes begin from that checkpoint."""
     seed = keyed_seed(job.seed, "learner", job.state.stage)
-    with open_engines(stage, job.site, seed) as job.engines:
+    columns = [spec.column for spec in job.recipe.reward_specs]
+    with open_engines(stage, job.site, seed, columns) as job.engines:
         if saved is not None:
             job.engines.learner.restore(saved.folder / "learner")
         elif job.state.stage_step == 0:
             job.state = replace(job.state, components=fresh(stage.components()))
-        run_stage = train_online if isinstance(stage, OnlineStage) else train_supervised
+        run_stage = train_online if isinstance(stage, RolloutStage) else train_supervised
         try:
             job.evaluate_if_due(job.state.step)
             run_stage(job, stage, job.state)  # pyright: ignore[reportArgumentType] - matched by the line above

@@ -233,17 +233,20 @@ class Batch:
     ref_logp_BT: Tensor | None = None
     entropy_BT: Tensor | None = None
     values_BT: Tensor | None = None
-    """float32 ``[B, T]``, or ``[B, T, K]`` for a critic of several streams."""
+    """float32 ``[B, T]``, or ``[B, T, K]`` for a critic of several streams: of the state *after* token ``t``."""
     # Filled in by credit assignment.
     reward_B: Tensor | None = None
     token_reward_BT: Tensor | None = None
     """float32: rewards at tokens beside ``reward_B``, such as a KL penalty in the reward."""
     adv_BT: Tensor | None = None
     returns_BT: Tensor | None = None
+    """Targets for ``values_BT``, of its shape; NaN where a state has none."""
     weight_BT: Tensor | None = None
     """float32: multiplies the policy loss; None is 1."""
     scale_BT: Tensor | None = None
     """float32: set per mini-batch by the aggregation; the loss is ``sum(scale_BT * loss_BT)``."""
+    value_scale_BT: Tensor | None = None
+    """float32: as ``scale_BT``, of the value loss."""
     objectives: tuple[str, ...] = ()
     """Names of the K components."""
     step: int = 0

@@ -5,15 +5,18 @@ dimensions, such as ``[B, T]``.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from alignment.algorithms.values import state_mask
 from alignment.errors import UserError
 from alignment.registry import Registry, option
+from alignment.types import Batch
 
 
 @runtime_checkable
@@ -27,6 +30,10 @@ class ValueLoss(Protocol):
 
     def readout(self, output: Tensor) -> Tensor:
         """``[...]`` values from ``output`` ``[..., M]``."""
+        ...
+
+    def outside(self, target: Tensor) -> Tensor:
+        """``[...]`` bool: returns that the loss takes for smaller or larger ones than they are."""
         ...
 
     def __call__(self, output: Tensor, target: Tensor, old: Tensor | None = None) -> Tensor:
@@ -67,6 +74,9 @@ class Scalar:
     def readout(self, output: Tensor) -> Tensor:
         return output[..., 0].float()
 
+    def outside(self, target: Tensor) -> Tensor:
+        return torch.zeros_like(target, dtype=torch.bool)
+
     def __call__(self, output: Tensor, target: Tensor, old: Tensor | None = None) -> Tensor:
         value = self.readout(output)
         loss = 0.5 * (value - target).square()
@@ -104,6 +114,9 @@ class _Histogram:
 
     def readout(self, output: Tensor) -> Tensor:
         return (output.double().softmax(-1) * self.centres_M.to(output.device)).sum(-1).float()
+
+    def outside(self, target: Tensor) -> Tensor:
+        return (target < self.low) | (target > self.high)
 
     def target(self, value: Tensor) -> Tensor:
         """``[..., M]`` float64 distribution that stands for ``value``."""
@@ -173,3 +186,54 @@ class HlGauss(_Histogram):
         value = value.double().clamp(self.low, self.high)[..., None]
         below = torch.special.ndtr((self.edges.to(value.device) - value) / self.sigma)
         return (below[..., 1:] - below[..., :-1]) / (below[..., -1:] - below[..., :1])
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """The mean of a value loss over the states that have a target; like the policy's, it is reduced once."""
+
+    value_loss: ValueLoss
+
+    @torch.no_grad()
+    def prepare(self, minibatch: Batch) -> Batch:
+        """``minibatch`` with ``value_scale_BT``, which needs all of it: one over the number of targets."""
+        assert minibatch.returns_BT is not None, "the advantage makes returns"
+        has_BT = has_target(minibatch)
+        return replace(minibatch, value_scale_BT=has_BT.float() / has_BT.sum().clamp(min=1))
+
+    def loss(self, output: Tensor, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the loss that the rows of ``micro`` make, and sums for :meth:`finish`.
+
+        Args:
+            output: ``[B, T, M]``, or ``[B, T, K, M]``: what the head puts out for the state after each token.
+            micro: Rows of a batch that :meth:`prepare` returned, with values from before if the loss looks at them.
+        """
+        target, scale_BT = micro.returns_BT, micro.value_scale_BT
+        assert target is not None and scale_BT is not None, "prepare the whole mini-batch first"
+        has_BT = has_target(micro)
+        mask = has_BT if target.dim() == 2 else has_BT[..., None].expand_as(target)
+        scale = scale_BT if target.dim() == 2 else scale_BT[..., None].expand_as(target)
+        target = torch.where(mask, target, 0.0).float()
+        old = None if micro.values_BT is None else torch.where(mask, micro.values_BT, 0.0)
+        # Where there is no target the output may be anything, even not finite: it is replaced, not multiplied by 0.
+        loss = torch.where(mask, self.value_loss(torch.where(mask[..., None], output, 0.0), target, old), 0.0)
+        total = (scale * loss).sum()
+        sums = {
+            "states": has_BT.sum(),
+            "value_loss": (loss.detach().sum(-1) if target.dim() == 3 else loss.detach()).sum(),
+            "outside_support": (self.value_loss.outside(target) & mask).sum(),
+        }
+        return total, sums
+
+    def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """``states`` with a target, and per state ``value_loss`` and the share that is ``outside_support``."""
+        states = float(sums["states"])
+        named = {name: float(sums[name]) / max(1.0, states) for name in ("value_loss", "outside_support")}
+        return {"states": states, **named}
+
+
+def has_target(batch: Batch) -> Tensor:
+    """``[B, T]`` bool: states with a return to learn from."""
+    assert batch.returns_BT is not None
+    known = ~batch.returns_BT.isnan()
+    return (known if known.dim() == 2 else known.all(-1)) & state_mask(batch.loss_mask_BT)

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alignment.types import Batch
+
 Truncation = Literal["end", "bootstrap"]
 CALIBRATION_BINS = 10
 
@@ -137,3 +139,18 @@ def prediction_metrics(values_BT: Tensor, target_BT: Tensor, loss_mask_BT: Tenso
     if variance > 0:
         metrics["explained_variance"] = float(1 - error_N.var(unbiased=False) / variance)
     return metrics
+
+
+def batch_metrics(batch: Batch) -> dict[str, float]:
+    """:func:`prediction_metrics` of a batch under ``critic/``; with several streams under ``critic/OBJECTIVE/``."""
+    values, target = batch.values_BT, batch.returns_BT
+    if values is None or target is None:
+        return {}
+    mask_BT = batch.loss_mask_BT
+    if values.dim() == 2:
+        return {f"critic/{name}": value for name, value in prediction_metrics(values, target, mask_BT).items()}
+    return {
+        f"critic/{objective}/{name}": value
+        for k, objective in enumerate(batch.objectives)
+        for name, value in prediction_metrics(values[..., k], target[..., k], mask_BT).items()
+    }

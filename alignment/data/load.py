@@ -12,7 +12,7 @@ from alignment.data.sources import describe
 from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.models import Messages, Model, Tokenizer, encode_prompt, encode_prompts, stop_ids
-from alignment.recipe import OnlineStage, Recipe
+from alignment.recipe import Recipe, RolloutStage
 from alignment.types import Preference, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def read_section(recipe: Recipe, name: str) -> Section | None:
 def played(recipe: Recipe, name: str) -> list[Environment]:
     """The environments that open with the prompts of ``data.<name>``."""
     if name == "train":
-        return [stage.environment for stage in recipe.stages if isinstance(stage, OnlineStage)]
+        return [stage.environment for stage in recipe.stages if isinstance(stage, RolloutStage)]
     return [recipe.evaluation_environment]
 
 

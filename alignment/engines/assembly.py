@@ -1,6 +1,6 @@
 """Puts the engines of a stage together: where its processes live, learner, sampler, and what carries the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,20 +43,22 @@ class Engines:
 
 
 @contextmanager
-def open_engines(stage: Any, site: Site, seed: int) -> Iterator[Engines]:
+def open_engines(stage: Any, site: Site, seed: int, objectives: Sequence[str] = ()) -> Iterator[Engines]:
     """The engines of ``stage``, closed on leaving, and with them every process they started.
 
     Args:
         stage: Its ``cluster``, ``learner``, ``sampler`` and ``transport``, and what the learner is built for.
         site: The model and the sizes; its ``cluster`` is filled in here.
         seed: Of the learner.
+        objectives: Names of the reward components, of which each may have values of its own.
 
     Raises:
         UserError: There is not enough of something, or an engine cannot be started.
     """
     with ExitStack() as stack:
         site = replace(site, cluster=stack.enter_context(stage.cluster.open(stage, site)))
-        learner = stage.learner.build(site, stage.steps, seed, stage.needs_reference)
+        roles = stage.roles(site, tuple(objectives))
+        learner = stage.learner.build(site, stage.steps, seed, stage.needs_reference, roles)
         stack.callback(learner.close)
         sampler = stage.sampler.build(site, learner)
         stack.callback(sampler.close)

@@ -1,22 +1,22 @@
 """How a learner's weights are kept, run and stepped on: in one process here, in one rank of several elsewhere."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from alignment.engines.cpu import checkpoint_contexts, float32_attention
 from alignment.engines.learner_config import TorchLearnerConfig
-from alignment.engines.logprobs import Entropy, LogProbs
-from alignment.engines.optimizer import Slot
+from alignment.engines.logprobs import LogProbs
+from alignment.engines.optimizer import HEAD, AdamW, Slot
 from alignment.partition import Share
 from alignment.tensorfile import copy_into, digest, read_tensors, weights_of, write_tensors
-from alignment.types import Batch
 
+T = TypeVar("T")
 Kept = dict[str, Tensor]
 """A copy of the trained weights, or of this rank's part of them."""
 
@@ -25,16 +25,23 @@ class Backend(Protocol):
     """What one process and one rank of several do unlike. Where ranks work together, all of them call alike."""
 
     module: nn.Module
-    """The transformers model, possibly inside a peft adapter."""
+    """The transformers model, possibly inside a peft adapter; or a value model."""
+    head: nn.Module | None
+    """A value head on the policy's hidden states: trained with it, and no part of its weights."""
     trained: dict[str, nn.Parameter]
+    """By name; those of ``head`` begin with :data:`alignment.engines.optimizer.HEAD`."""
     device: torch.device
     share: Share
     """Which rows of a batch are computed here."""
     fresh_adapter: bool
     """Whether the model had an adapter that did nothing when the learner was made."""
 
-    def logprobs(self, batch: Batch, entropy: Entropy = "none") -> tuple[Tensor, Tensor | None]:
-        """:class:`alignment.engines.logprobs.LogProbs` of the module."""
+    def forward(self, *args: Any) -> Any:
+        """Runs what the backend was made for: :class:`alignment.engines.logprobs.LogProbs` of a policy, or a module."""
+        ...
+
+    def beside(self, module: nn.Module, config: Any) -> "Backend":
+        """Another model with weights and optimizers of its own, in the same processes; :meth:`forward` runs it."""
         ...
 
     def computing(self) -> AbstractContextManager[None]:
@@ -73,11 +80,11 @@ class Backend(Protocol):
         """A checksum of the weights that training does not change."""
         ...
 
-    def write(self, path: Path, kept: Kept | None = None) -> None:
-        """Writes whole weights: what training changes, or what was kept of it."""
+    def write(self, path: Path, kept: Kept | None = None, head: bool = False) -> None:
+        """Writes whole weights: what training changes, or what was kept of it; of ``head``, or of all but that."""
         ...
 
-    def read(self, path: Path) -> None:
+    def read(self, path: Path, head: bool = False) -> None:
         """Takes the weights that :meth:`write` wrote, in place."""
         ...
 
@@ -93,20 +100,38 @@ class Backend(Protocol):
 class OneProcess:
     """A module in this process, trained in place.
 
+    Args:
+        module: A causal language model of transformers; or any other module, if ``plain``.
+        config: Options.
+        head: A value head on the language model's hidden states.
+        plain: :meth:`forward` runs the module as it is.
+
     Raises:
         ValueError: Nothing in ``module`` requires a gradient.
     """
 
-    def __init__(self, module: nn.Module, config: TorchLearnerConfig) -> None:
+    def __init__(
+        self, module: nn.Module, config: TorchLearnerConfig, head: nn.Module | None = None, plain: bool = False
+    ) -> None:
         self.config, self.share = config, Share()
         name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.device = torch.device(name)
         self.module = module.to(self.device).eval()
-        self.trained, self.fresh_adapter = trained_of(module), has_fresh_adapter(module)
+        self.head = None if head is None else head.to(self.device)
+        self.trained, self.fresh_adapter = trained_of(module, self.head), has_fresh_adapter(module)
         self.autocast = config.autocast == "bfloat16"
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, self.autocast)
-        self.logprobs = LogProbs(module, config.logits_chunk_mb, self.autocast)
+        self._forward: Callable[..., Any] = (
+            module if plain else LogProbs(module, config.logits_chunk_mb, self.autocast, self.head)
+        )
         self._frozen: str | None = None
+
+    def forward(self, *args: Any) -> Any:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            return self._forward(*args)
+
+    def beside(self, module: nn.Module, config: Any) -> Backend:
+        return OneProcess(module, config, plain=True)
 
     def computing(self) -> AbstractContextManager[None]:
         return float32_attention(self.device, self.autocast)
@@ -115,7 +140,7 @@ class OneProcess:
         loss.backward()
 
     def slot(self, total_updates: int) -> Slot:
-        return Slot(self.trained, self.config, total_updates)
+        return Slot(self.config, total_updates, AdamW(self.trained, self.config, head_lr_ratio(self.head)))
 
     def joined(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         return sums
@@ -124,18 +149,12 @@ class OneProcess:
         return fields
 
     def keep(self) -> Kept:
-        return {name: p.detach().clone() for name, p in self.trained.items()}
+        return {name: p.detach().clone() for name, p in policy_only(self.trained).items()}
 
     @contextmanager
     def using(self, kept: Kept) -> Iterator[None]:
-        policy = {name: p.data for name, p in self.trained.items()}
-        try:
-            for name, p in self.trained.items():
-                p.data = kept[name]
+        with replaced(policy_only(self.trained), kept):
             yield
-        finally:
-            for name, p in self.trained.items():
-                p.data = policy[name]
 
     def fingerprint(self) -> str:
         return digest(weights_of(self.module))
@@ -145,30 +164,61 @@ class OneProcess:
             self._frozen = frozen_digest(self.module, self.trained)
         return self._frozen
 
-    def write(self, path: Path, kept: Kept | None = None) -> None:
-        write_tensors(path, changing(self.module, self.trained) if kept is None else kept)
+    def write(self, path: Path, kept: Kept | None = None, head: bool = False) -> None:
+        write_tensors(path, own_weights(self, head) if kept is None else kept)
 
-    def read(self, path: Path) -> None:
-        own = changing(self.module, self.trained)
+    def read(self, path: Path, head: bool = False) -> None:
+        own = own_weights(self, head)
         copy_into(own, read_tensors(path, own))
 
     def read_kept(self, path: Path) -> Kept:
-        return {name: tensor.to(self.device) for name, tensor in read_tensors(path, self.trained).items()}
+        return {name: tensor.to(self.device) for name, tensor in read_tensors(path, policy_only(self.trained)).items()}
 
     def close(self) -> None:
         """There is nothing to end."""
 
 
-def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient, by name.
+def trained_of(module: nn.Module, head: nn.Module | None = None) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, by name; those of a value head beside the model begin with :data:`HEAD`.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The model has none.
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
-    return trained
+    return trained | ({} if head is None else {HEAD + name: p for name, p in head.named_parameters()})
+
+
+def head_lr_ratio(head: nn.Module | None) -> float:
+    """The learning rate of a value head over that of the model that it is on."""
+    return 1.0 if head is None else head.lr_ratio  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+
+def policy_only(trained: Mapping[str, T]) -> dict[str, T]:
+    """What of ``trained`` is no part of a value head."""
+    return {name: p for name, p in trained.items() if not name.startswith(HEAD)}
+
+
+def own_weights(backend: Backend, head: bool) -> dict[str, Tensor]:
+    """What :meth:`Backend.write` writes."""
+    if not head:
+        return changing(backend.module, backend.trained)
+    assert backend.head is not None, "there is no head"
+    return {HEAD + name: tensor for name, tensor in backend.head.named_parameters()}
+
+
+@contextmanager
+def replaced(parameters: Mapping[str, nn.Parameter], by: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters have other values."""
+    own = {name: p.data for name, p in parameters.items()}
+    try:
+        for name, p in parameters.items():
+            p.data = by[name]
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data = own[name]
 
 
 def has_fresh_adapter(module: nn.Module) -> bool:
@@ -181,6 +231,8 @@ def has_fresh_adapter(module: nn.Module) -> bool:
 
 def checkpoint_gradients(module: nn.Module, wanted: bool, device: torch.device, autocast: bool) -> None:
     """Turns the recomputation of activations on or off; an earlier learner of the same module may have set it."""
+    if not hasattr(module, "gradient_checkpointing_enable"):
+        return
     if wanted:
         contexts = partial(checkpoint_contexts, device, autocast)
         module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # pyright: ignore[reportCallIssue]

@@ -13,7 +13,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from alignment.algorithms.objective import combine
-from alignment.engines.backend import Kept, changing, checkpoint_gradients, frozen_digest, has_fresh_adapter, trained_of
+from alignment.engines.backend import (
+    Backend,
+    Kept,
+    checkpoint_gradients,
+    frozen_digest,
+    has_fresh_adapter,
+    head_lr_ratio,
+    own_weights,
+    policy_only,
+    replaced,
+    trained_of,
+)
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_moments import ZeroAdamW, masters, read_pieces, write_pieces
 from alignment.engines.deepspeed_zero import (
@@ -29,7 +40,7 @@ from alignment.engines.deepspeed_zero import (
     shards_replaced,
 )
 from alignment.engines.logprobs import Entropy, LogProbs
-from alignment.engines.optimizer import Slot, adamw_over
+from alignment.engines.optimizer import HEAD, Slot, adamw_over
 from alignment.partition import Cost, Share
 from alignment.tensorfile import digest, read_tensors, weights_of, write_tensors
 from alignment.types import Batch
@@ -39,40 +50,51 @@ class ZeroBackend:
     """A rank of the process group that ``torch.distributed`` was initialised with.
 
     Args:
-        module: On the CPU, the same on every rank; it belongs to this backend from now on.
+        module: A causal language model of transformers, or any other module, if ``plain``; on the CPU, the same on
+            every rank; it belongs to this backend from now on.
         config: Options; ``ranks`` must be the size of the group.
+        head: A value head on the language model's hidden states.
+        plain: :meth:`forward` runs the module as it is.
 
     Raises:
         ValueError: Nothing in ``module`` requires a gradient.
     """
 
-    def __init__(self, module: nn.Module, config: DeepSpeedLearnerConfig) -> None:
+    def __init__(
+        self, module: nn.Module, config: DeepSpeedLearnerConfig, head: nn.Module | None = None, plain: bool = False
+    ) -> None:
         assert dist.get_world_size() == config.ranks, f"{dist.get_world_size()} processes for {config.ranks} ranks"
-        self.module, self.config, self.stage = module.eval(), config, config.zero_stage
+        self.module, self.config, self.stage, self.head = module.eval(), config, config.zero_stage, head
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-        self.trained, self.fresh_adapter = trained_of(module), has_fresh_adapter(module)
+        self.trained, self.fresh_adapter = trained_of(module, head), has_fresh_adapter(module)
         self._frozen = frozen_digest(module, self.trained)
         if config.dtype == "float32":
             cast(module, torch.float32)
         self.dtypes = {name: tensor.dtype for name, tensor in weights_of(module).items()}
+        if head is not None:
+            self.dtypes |= {HEAD + name: tensor.dtype for name, tensor in head.named_parameters()}
         """How weights are written: as the model was made, or in float32 if they are trained so."""
         self.share = Share(dist.get_rank(), config.ranks, cost_of(module))
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, autocast=False)
-        policy = _Policy(module, config.logits_chunk_mb)
-        self.adamw = adamw_over(self.trained, config)
+        network = module if plain else _Policy(module, config.logits_chunk_mb, head)
+        self.adamw = adamw_over(self.trained, config, head_lr_ratio(head))
         prepare_deepspeed()
         options = engine_options(config, list(self.trained.values()))
         if config.zero_stage == 3:
-            cast(module, getattr(torch, config.dtype))
-            in_parts(policy, options, self.device)
-        self.engine: Any = deepspeed.initialize(model=policy, optimizer=self.adamw, config=options)[0]
+            for each in (module, *([] if head is None else [head])):
+                cast(each, getattr(torch, config.dtype))
+            in_parts(network, options, self.device)
+        self.engine: Any = deepspeed.initialize(model=network, optimizer=self.adamw, config=options)[0]
         self.engine.eval()
 
     # Computing
 
-    def logprobs(self, batch: Batch, entropy: Entropy = "none") -> tuple[Tensor, Tensor | None]:
+    def forward(self, *args: Any) -> Any:
         """All ranks go through the model together, as often as each other."""
-        return self.engine(batch=batch, entropy=entropy)
+        return self.engine(*args)
+
+    def beside(self, module: nn.Module, config: Any) -> Backend:
+        return ZeroBackend(module, config, plain=True)
 
     def computing(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -83,7 +105,7 @@ class ZeroBackend:
         self.engine.backward(loss * self.share.ranks, scale_wrt_gas=False)
 
     def slot(self, total_updates: int) -> Slot:
-        return Slot(self.trained, self.config, total_updates, ZeroAdamW(self))
+        return Slot(self.config, total_updates, ZeroAdamW(self))
 
     def joined(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         everyone: list[Any] = [None] * self.share.ranks
@@ -112,25 +134,16 @@ class ZeroBackend:
     def keep(self) -> Kept:
         if self.stage == 3:
             return {name: p.ds_tensor.detach().clone() for name, p in self._sharded()}
-        return {name: p.detach().clone() for name, p in self.trained.items()}
+        return {name: p.detach().clone() for name, p in policy_only(self.trained).items()}
 
     @contextmanager
     def using(self, kept: Kept) -> Iterator[None]:
-        if self.stage == 3:
-            with shards_replaced(self.engine, self.trained, kept):
-                yield
-            return
-        policy = {name: p.data for name, p in self.trained.items()}
-        try:
-            for name, p in self.trained.items():
-                p.data = kept[name]
+        own = policy_only(self.trained)
+        with shards_replaced(self.engine, own, kept) if self.stage == 3 else replaced(own, kept):
             yield
-        finally:
-            for name, p in self.trained.items():
-                p.data = policy[name]
 
     def _sharded(self) -> Iterator[tuple[str, Any]]:
-        yield from self.trained.items()
+        yield from policy_only(self.trained).items()
 
     def fingerprint(self) -> str:
         whole = _Whole(weights_of(self.module))
@@ -148,11 +161,11 @@ class ZeroBackend:
 
     # Persistence
 
-    def write(self, path: Path, kept: Kept | None = None) -> None:
+    def write(self, path: Path, kept: Kept | None = None, head: bool = False) -> None:
         """The first rank writes whole weights; under bfloat16 each rank writes its float32 ones beside them."""
         whole: dict[str, Tensor] = {}
         with self.using(kept) if kept is not None else nullcontext():
-            for name, tensor in changing(self.module, self.trained).items():
+            for name, tensor in own_weights(self, head).items():
                 if kept is not None and name not in self.trained:
                     continue
                 exact = kept is None and name in self.trained and self._casts(name)
@@ -164,12 +177,13 @@ class ZeroBackend:
         if self.share.rank == 0:
             write_tensors(path, whole)
         if kept is None and self.config.dtype == "bfloat16":
-            write_pieces(_float32(path), masters(self.own_fragments()), self.share.rank, self.share.ranks)
+            parts = (part for part in self.own_fragments() if part.name.startswith(HEAD) == head)
+            write_pieces(_float32(path), masters(parts), self.share.rank, self.share.ranks)
         dist.barrier()
 
-    def read(self, path: Path) -> None:
-        own = changing(self.module, self.trained)
-        parts = {part.name: part for part in self.fragments()}
+    def read(self, path: Path, head: bool = False) -> None:
+        own = own_weights(self, head)
+        parts = {part.name: part for part in self.fragments() if part.name in own}
         self._check(path, own)
         if self.stage == 3:
             give_back_whole_weights(self.engine)
@@ -185,10 +199,11 @@ class ZeroBackend:
             read_pieces(_float32(path), [(p.name, p.start, p.master) for p in parts.values()])
 
     def read_kept(self, path: Path) -> Kept:
-        self._check(path, self.trained)
+        trained = policy_only(self.trained)
+        self._check(path, trained)
         whole = read_tensors(path)
         if self.stage < 3:
-            return {name: whole[name].to(p.device, p.dtype) for name, p in self.trained.items()}
+            return {name: whole[name].to(p.device, p.dtype) for name, p in trained.items()}
         shards = self.keep()
         for name, p in self._sharded():
             start = p.ds_tensor.ds_numel * self.share.rank
@@ -216,21 +231,21 @@ _CPU = torch.device("cpu")
 class _Policy(nn.Module):
     """Log-probabilities as a module, so that DeepSpeed sees where each weight is used."""
 
-    def __init__(self, module: nn.Module, chunk_mb: float) -> None:
+    def __init__(self, module: nn.Module, chunk_mb: float, head: nn.Module | None) -> None:
         super().__init__()
-        self.module = module
-        self.logprobs = _ScoringLogProbs(module, chunk_mb)
+        self.module, self.head = module, head
+        self.logprobs = _ScoringLogProbs(module, chunk_mb, head)
         self.scorer = self.logprobs.scorer
 
-    def forward(self, batch: Batch, entropy: Entropy) -> tuple[Tensor, Tensor | None]:
-        return self.logprobs(batch, entropy)
+    def forward(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Tensor | None, ...]:
+        return self.logprobs(batch, entropy, values)
 
 
 class _ScoringLogProbs(LogProbs):
     """Scores hidden states inside a module that holds the output embeddings: at stage 3 they are whole only there."""
 
-    def __init__(self, module: nn.Module, chunk_mb: float) -> None:
-        super().__init__(module, chunk_mb)
+    def __init__(self, module: nn.Module, chunk_mb: float, value_head: nn.Module | None) -> None:
+        super().__init__(module, chunk_mb, value_head=value_head)
         self._plain_head = super().plain_head  # before DeepSpeed hooks onto it
         self.scorer = _Scorer(self)
 

@@ -1,7 +1,8 @@
 """What a recipe says of the DeepSpeed learner. Light: DeepSpeed is imported where its ranks live."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from alignment.engines.config import Site
 from alignment.engines.learner_config import LearnerOptions, learners
@@ -52,7 +53,14 @@ class DeepSpeedLearnerConfig(LearnerOptions):
         if self.offload == "parameters" and self.zero_stage != 3:
             raise UserError("offload 'parameters' needs zero_stage 3, which keeps weights in parts")
 
-    def build(self, site: Site, total_updates: int, seed: int, reference: bool = False) -> "DeepSpeedLearner":
+    def build(
+        self,
+        site: Site,
+        total_updates: int,
+        seed: int,
+        reference: bool = False,
+        roles: Mapping[str, Any] | None = None,
+    ) -> "DeepSpeedLearner":
         """The learner of ``site.model`` for ``total_updates`` updates, in processes that ``site.cluster`` places.
 
         Raises:
@@ -60,4 +68,4 @@ class DeepSpeedLearnerConfig(LearnerOptions):
         """
         from alignment.engines.deepspeed_learner import DeepSpeedLearner
 
-        return DeepSpeedLearner(site, self, total_updates, seed, reference)
+        return DeepSpeedLearner(site, self, total_updates, seed, reference, roles)

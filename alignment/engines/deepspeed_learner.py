@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import fields, replace
 from pathlib import Path
@@ -33,22 +33,29 @@ class LearnerRank:
         total_updates: As the learner's.
         seed: As the learner's.
         reference: As the learner's.
+        roles: As the learner's.
     """
 
     def __init__(
-        self, origin: Origin, config: DeepSpeedLearnerConfig, total_updates: int, seed: int, reference: bool
+        self,
+        origin: Origin,
+        config: DeepSpeedLearnerConfig,
+        total_updates: int,
+        seed: int,
+        reference: bool,
+        roles: Mapping[str, Any],
     ) -> None:
-        self.origin, self.config, self.arguments = origin, config, (total_updates, seed, reference)
+        self.origin, self.config, self.arguments = origin, config, (total_updates, seed, reference, roles)
         self.learner: Any = None
 
-    def start(self) -> frozenset[str]:
-        """Meets the other ranks and makes the model; what the learner needs annotated."""
+    def start(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """Meets the other ranks and makes the models; what the learner needs annotated, and its roles of prompts."""
         from alignment.engines.deepspeed_rank import DeepSpeedRank, join_ranks
 
         rank, ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         join_ranks(rank, ranks, self.config.timeout_s, local)
         self.learner = DeepSpeedRank(self.origin.make().module, self.config, *self.arguments)
-        return self.learner.needs
+        return self.learner.needs, self.learner.of_prompts
 
     def annotate(self, batch: Batch, needs: Collection[str]) -> dict[str, Tensor]:
         """The fields that are new; of the first rank, since all have the same."""
@@ -106,6 +113,7 @@ class DeepSpeedLearner:
         total_updates: Length of the schedule: calls of :meth:`update` in one slot.
         seed: Of dropout: its numbers depend on (seed, slot, number of the update, rank).
         reference: Keep the weights of now as the reference.
+        roles: Models beside the policy, by name; a text is another name for one of them.
 
     Raises:
         UserError: There is no cluster, or nothing to train.
@@ -113,19 +121,28 @@ class DeepSpeedLearner:
     """
 
     def __init__(
-        self, site: Site, config: DeepSpeedLearnerConfig, total_updates: int, seed: int, reference: bool = False
+        self,
+        site: Site,
+        config: DeepSpeedLearnerConfig,
+        total_updates: int,
+        seed: int,
+        reference: bool = False,
+        roles: Mapping[str, Any] | None = None,
     ) -> None:
         if site.cluster is None:
             raise UserError("learner deepspeed: its ranks are processes of their own, so the stage needs cluster: ray")
         assert site.model.origin is not None, "processes of their own make the model themselves"
         self.site, self.config, self.cluster = site, config, site.cluster
-        self.device, self.roles = torch.device("cpu"), dict[str, Any]()
+        self.device = torch.device("cpu")
         self._broken: str | None = None
         """Why the ranks no longer answer together."""
-        arguments = (site.model.origin, config, total_updates, seed, reference)
+        arguments = (site.model.origin, config, total_updates, seed, reference, dict(roles or {}))
         self.actors: list[Any] = self.cluster.learner_actors(LearnerRank, config.ranks, *arguments)
-        self.needs: frozenset[str] = self._all("start")[0]
+        self.needs: frozenset[str]
         """``old_logp`` where dropout makes the update's own log-probabilities differ from the policy's."""
+        self.of_prompts: tuple[str, ...]
+        """Models beside the policy that say something of prompts, by each of their names."""
+        self.needs, self.of_prompts = self._all("start")[0]
 
     def annotate(self, batch: Batch, needs: Collection[str]) -> Batch:
         """The batch with what is needed filled in.
@@ -143,6 +160,18 @@ class DeepSpeedLearner:
             ValueError: A row is longer than ``micro_batch_tokens``.
         """
         return self._ask("update", ray.put(batch), ray.put(objective), slot)[0]
+
+    def predict(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """``[len(prompts)]`` float32: the value that a role gives to the state at the end of each prompt's tokens."""
+        return self._ask("predict", name, prompts)[0]
+
+    def fit(self, name: str, prompts: Sequence[Sequence[int]], targets: Tensor) -> dict[str, float]:
+        """Trains a role of prompts on ``targets`` ``[len(prompts)]``; metrics."""
+        return self._ask("fit", name, prompts, targets)[0]
+
+    def updates_of(self, name: str) -> int:
+        """How many updates a role has had."""
+        return self._ask("updates_of", name)[0]
 
     def refresh_reference(self, mode: str = "copy") -> None:
         """Makes the reference a frozen copy of the policy's trained weights as they are now.

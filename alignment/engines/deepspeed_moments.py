@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from alignment.engines.deepspeed_zero import Fragment, forget_gradients, spoil_gradients
-from alignment.engines.optimizer import Tried
+from alignment.engines.optimizer import Tried, set_lr
 from alignment.errors import UserError
 from alignment.tensorfile import write_tensors
 
@@ -34,8 +34,7 @@ class ZeroAdamW:
     def begin(self, lr: float) -> None:
         forget_gradients(self.backend.engine, self.backend.stage)
         self.adamw.state = self.state
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        set_lr(self.adamw, lr)
 
     def step(self, loss: Tensor) -> Tried:
         """Steps if the loss of every rank and the gradients' norm are finite: all ranks come to the same answer.

@@ -1,6 +1,6 @@
 """The learner of one rank. Nothing here knows who started the process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +13,8 @@ from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_zero import gathered
 from alignment.engines.outgoing import Form, buckets
 from alignment.engines.policy_learner import PolicyLearner
-from alignment.engines.roles import Role
-from alignment.errors import UserError
+from alignment.engines.roles import RoleSpec
+from alignment.engines.value_roles import shared_head
 from alignment.tensorfile import weights_of
 
 
@@ -43,6 +43,7 @@ class DeepSpeedRank(PolicyLearner):
         seed: Of dropout: its numbers depend on (seed, slot, number of the update, rank).
         reference: Keep the weights of now as the reference, in parts at ZeRO stage 3. Nothing is kept while a LoRA
             adapter is fresh.
+        roles: Models beside the policy, by name; a text is another name for one of them.
 
     Raises:
         ValueError: Nothing in ``module`` requires a gradient.
@@ -55,16 +56,10 @@ class DeepSpeedRank(PolicyLearner):
         total_updates: int,
         seed: int,
         reference: bool = False,
+        roles: Mapping[str, RoleSpec | str] | None = None,
     ) -> None:
-        super().__init__(ZeroBackend(module, config), config, total_updates, seed, reference)
-
-    def add_role(self, name: str, role: Role) -> None:
-        """Refused: the torch learner has roles, this one does not.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(f"role {name!r}: the deepspeed learner has no models beside the policy; use learner torch")
+        backend = ZeroBackend(module, config, shared_head(roles, module.config))
+        super().__init__(backend, config, total_updates, seed, reference, roles)
 
     def weights(self, bucket_bytes: int, form: Form = "merged") -> Iterator[dict[str, Tensor]]:
         """The policy's weights as they are now, whole, in buckets of at most ``bucket_bytes``; a larger comes alone.

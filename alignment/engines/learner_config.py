@@ -1,11 +1,12 @@
 """What a recipe says of a learner. Light: a learner's own module is imported when it is built."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from alignment.engines.config import Site
 from alignment.registry import Registry, option
@@ -20,8 +21,8 @@ class Learner(Protocol):
     """Holds the policy and improves it. It is blind to the algorithm: what it minimises comes as an objective."""
 
     @property
-    def roles(self) -> Mapping[str, Any]:
-        """Models beside the policy, by name."""
+    def of_prompts(self) -> Collection[str]:
+        """Models beside the policy that say something of prompts, by name."""
         ...
 
     @property
@@ -39,7 +40,23 @@ class Learner(Protocol):
         ...
 
     def update(self, batch: Batch, objective: Any, slot: str = "rl") -> dict[str, float]:
-        """Trains on the batch with the optimizer of ``slot``; metrics by name."""
+        """Trains on the batch with the optimizer of ``slot``; without an objective, only the models beside the policy.
+
+        Returns:
+            Metrics by name.
+        """
+        ...
+
+    def predict(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """What the model ``name`` expects at the end of each prompt."""
+        ...
+
+    def fit(self, name: str, prompts: Sequence[Sequence[int]], targets: Tensor) -> dict[str, float]:
+        """Trains the model ``name`` on what came of prompts; metrics by name."""
+        ...
+
+    def updates_of(self, name: str) -> int:
+        """How many updates the model ``name`` has had."""
         ...
 
     def refresh_reference(self, mode: str = "copy") -> None:
@@ -67,8 +84,15 @@ class Learner(Protocol):
 class LearnerConfig(Protocol):
     """Options of a learner; ``build`` makes it."""
 
-    def build(self, site: Site, total_updates: int, seed: int, reference: bool = False) -> Any:
-        """The learner of ``site.model`` for a stage of ``total_updates`` updates."""
+    def build(
+        self,
+        site: Site,
+        total_updates: int,
+        seed: int,
+        reference: bool = False,
+        roles: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The learner of ``site.model`` for a stage of ``total_updates`` updates, with ``roles`` beside the policy."""
         ...
 
 
@@ -130,8 +154,15 @@ class TorchLearnerConfig(LearnerOptions):
         "auto"
     )
 
-    def build(self, site: Site, total_updates: int, seed: int, reference: bool = False) -> "TorchLearner":
+    def build(
+        self,
+        site: Site,
+        total_updates: int,
+        seed: int,
+        reference: bool = False,
+        roles: Mapping[str, Any] | None = None,
+    ) -> "TorchLearner":
         """The learner of ``site.model``, whose ``module`` is trained in place, for ``total_updates`` updates."""
         from alignment.engines.torch_learner import TorchLearner
 
-        return TorchLearner(site.model.module, self, total_updates, seed, reference)
+        return TorchLearner(site.model.module, self, total_updates, seed, reference, roles)

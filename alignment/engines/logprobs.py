@@ -48,13 +48,16 @@ class LogProbs:
         module: A transformers causal language model, possibly wrapped by peft.
         chunk_mb: Most memory, in MiB, of the logits that exist at once, or those of one token if they alone take more.
         autocast: Whether matrix products run in bfloat16. The softmax is in float32 either way.
+        value_head: Called with hidden states and tokens where values are asked for as well.
 
     Attributes:
         slow_reason: Why the model's own full logits are used (more memory), or None where they are not.
     """
 
-    def __init__(self, module: nn.Module, chunk_mb: float, autocast: bool = False) -> None:
-        self.module, self.chunk_mb, self.autocast = module, chunk_mb, autocast
+    def __init__(
+        self, module: nn.Module, chunk_mb: float, autocast: bool = False, value_head: nn.Module | None = None
+    ) -> None:
+        self.module, self.chunk_mb, self.autocast, self.value_head = module, chunk_mb, autocast, value_head
         inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
         self.body: nn.Module = inner.base_model
         self.head: nn.Module | None = inner.get_output_embeddings()
@@ -67,7 +70,7 @@ class LogProbs:
                 self.slow_reason,
             )
 
-    def __call__(self, batch: Batch, entropy: Entropy = "none") -> tuple[Tensor, Tensor | None]:
+    def __call__(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Tensor | None, ...]:
         """``logp_BT`` and ``entropy_BT`` (None for ``"none"``), float32, 0 where ``loss_mask_BT`` is False.
 
         Rows are right-padded, so under causal attention no real token sees padding and positions count from 0.
@@ -75,27 +78,33 @@ class LogProbs:
         Args:
             batch: On the model's device.
             entropy: ``"value"`` computes it without a gradient, ``"gradient"`` with one.
+            values: What the value head puts out for the state after each token comes third, from the same pass.
         """
         row_N, previous_N = batch.loss_mask_BT[:, 1:].nonzero(as_tuple=True)
         token_N = batch.ids_BT[row_N, previous_N + 1]
         temperature_N = batch.temperature_B[row_N]
-        # The last token predicts nothing that is trained on. No mask: causal attention hides the padding on the right.
-        inputs = {"input_ids": batch.ids_BT[:, :-1], "use_cache": False}
-        device = batch.ids_BT.device.type
+        # The last token predicts nothing that is trained on, though it has a value. No mask: causal attention hides the
+        # padding on the right.
+        inputs = {"input_ids": batch.ids_BT if values else batch.ids_BT[:, :-1], "use_cache": False}
+        device, output = batch.ids_BT.device.type, None
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
+            hidden_BTH = None if self.slow_reason and not values else self.body(**inputs).last_hidden_state
             if self.slow_reason is not None:
                 logits_NV = self.module(**inputs).logits[row_N, previous_N]
                 parts = [_score(logits_NV, token_N, temperature_N, entropy)]
             else:
-                hidden_NH = self.body(**inputs).last_hidden_state[row_N, previous_N]
-                parts = list(self.score_hidden(hidden_NH, token_N, temperature_N, entropy))
+                assert hidden_BTH is not None
+                parts = list(self.score_hidden(hidden_BTH[row_N, previous_N], token_N, temperature_N, entropy))
+            if values:
+                assert self.value_head is not None, "it was made without a value head"
+                output = self.value_head(hidden_BTH, batch.ids_BT)
         logp_N = torch.cat([logp for logp, _ in parts])
         empty_BT = torch.zeros(batch.ids_BT.shape, device=logp_N.device)
-        logp_BT = empty_BT.index_put((row_N, previous_N + 1), logp_N)
-        if entropy == "none":
-            return logp_BT, None
-        entropy_N = torch.cat([e for _, e in parts if e is not None])
-        return logp_BT, empty_BT.index_put((row_N, previous_N + 1), entropy_N)
+        logp_BT, entropy_BT = empty_BT.index_put((row_N, previous_N + 1), logp_N), None
+        if entropy != "none":
+            entropy_N = torch.cat([e for _, e in parts if e is not None])
+            entropy_BT = empty_BT.index_put((row_N, previous_N + 1), entropy_N)
+        return (logp_BT, entropy_BT, output) if values else (logp_BT, entropy_BT)
 
     @property
     def plain_head(self) -> bool:

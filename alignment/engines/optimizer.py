@@ -29,13 +29,29 @@ def lr_at(update: int, config: LearnerOptions, total: int) -> float:
     return config.lr * (floor + (1.0 - floor) * shape)
 
 
-def adamw_over(parameters: Mapping[str, nn.Parameter], config: LearnerOptions) -> torch.optim.AdamW:
-    """AdamW whose weight decay acts on parameters of two or more dimensions."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    others = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+HEAD = "value_head."
+"""How names of parameters begin that belong to a value head on the policy."""
+
+
+def adamw_over(
+    parameters: Mapping[str, nn.Parameter], config: LearnerOptions, head_lr_ratio: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW whose weight decay acts on parameters of two or more dimensions; a value head's have another rate."""
+    groups: list[dict[str, Any]] = []
+    for head, ratio in ((False, 1.0), (True, head_lr_ratio)):
+        own = [p for name, p in parameters.items() if name.startswith(HEAD) == head]
+        groups.append(
+            {"params": [p for p in own if p.ndim >= 2], "weight_decay": config.weight_decay, "lr_ratio": ratio}
+        )
+        groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, "lr_ratio": ratio})
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_lr(adamw: torch.optim.AdamW, lr: float) -> None:
+    """Sets the learning rate; a value head's is its own share of it."""
+    for group in adamw.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
 
 
 @dataclass
@@ -87,14 +103,15 @@ class Stepper(Protocol):
 class AdamW:
     """The moments of one process that holds all parameters and their gradients."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: LearnerOptions) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: LearnerOptions, head_lr_ratio: float = 1.0
+    ) -> None:
         self.parameters, self.max_grad_norm = dict(parameters), config.max_grad_norm
-        self.adamw = adamw_over(self.parameters, config)
+        self.adamw = adamw_over(self.parameters, config, head_lr_ratio)
 
     def begin(self, lr: float) -> None:
         self.adamw.zero_grad(set_to_none=True)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        set_lr(self.adamw, lr)
 
     def step(self, loss: Tensor) -> Tried:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
@@ -138,26 +155,18 @@ class AdamW:
 
 
 class Slot:
-    """One optimizer over named parameters, with its own moments and place in the schedule.
+    """One optimizer over some parameters, with its own moments and place in the schedule.
 
     Several slots may train the same parameters: a step in one leaves the moments of the others untouched.
 
     Args:
-        parameters: What is trained, by name.
         config: The learner's options; those of the optimizer are read.
         total_updates: Length of the schedule; an update takes any number of steps at one learning rate.
-        stepper: Takes the steps; None: :class:`AdamW`, in this process alone.
+        stepper: Takes the steps.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        config: LearnerOptions,
-        total_updates: int,
-        stepper: Stepper | None = None,
-    ) -> None:
-        self.config, self.total_updates = config, total_updates
-        self.stepper: Stepper = AdamW(parameters, config) if stepper is None else stepper
+    def __init__(self, config: LearnerOptions, total_updates: int, stepper: Stepper) -> None:
+        self.config, self.total_updates, self.stepper = config, total_updates, stepper
         self.counts = StepCounts()
         self.lr = config.lr
         """The learning rate of the update that was begun last."""

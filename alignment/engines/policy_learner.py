@@ -1,11 +1,11 @@
 """What every learner does, wherever its weights are. It is blind to the algorithm."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,40 +16,13 @@ from alignment.engines.backend import Backend, Kept
 from alignment.engines.learner_config import LearnerOptions
 from alignment.engines.logprobs import Entropy, evaluating
 from alignment.engines.optimizer import Slot
-from alignment.engines.roles import Goal, Role, TrainedRole
-from alignment.tensorfile import copy_into, read_tensors, write_tensors
+from alignment.engines.policy_goal import PolicyGoal, PolicyObjective
+from alignment.engines.roles import Goal, Role, RoleSpec, TrainedRole
+from alignment.engines.value_roles import HeadRole, of_prompts, prompt_batch
 from alignment.types import Batch, keyed_seed
 
 MAIN_SLOT = "rl"
 POLICY_NEEDS = {"old_logp", "entropy", "reference"}
-
-
-class PolicyObjective(Goal, Protocol):
-    """What the learner asks of :class:`alignment.algorithms.objective.Objective`."""
-
-    @property
-    def wants_entropy_grad(self) -> bool:
-        """Whether the loss uses the entropy, beyond reporting it."""
-        ...
-
-    def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's part of the mini-batch's loss, and sums for metrics."""
-        ...
-
-
-@dataclass(frozen=True)
-class _PolicyGoal:
-    """The objective with the policy's forward pass in front of it."""
-
-    backend: Backend
-    objective: PolicyObjective
-    entropy: Entropy
-
-    def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_BT, entropy_BT = self.backend.logprobs(micro, self.entropy)
-        if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none: all ranks go backward together
-            return logp_BT.sum(), {}
-        return self.objective.loss(logp_BT, entropy_BT, micro)
 
 
 class PolicyLearner:
@@ -63,18 +36,31 @@ class PolicyLearner:
         seed: Of dropout, the only random choice here: its numbers depend on (seed, slot, number of the update, rank).
         reference: Keep the weights of now as the reference. Nothing is kept while a LoRA adapter is fresh: the
             reference is then the model without it.
+        roles: Models beside the policy, by name; a text is another name for one of them.
     """
 
     def __init__(
-        self, backend: Backend, config: LearnerOptions, total_updates: int, seed: int, reference: bool = False
+        self,
+        backend: Backend,
+        config: LearnerOptions,
+        total_updates: int,
+        seed: int,
+        reference: bool = False,
+        roles: Mapping[str, RoleSpec | str] | None = None,
     ) -> None:
         self.backend, self.config, self.total_updates, self.seed = backend, config, total_updates, seed
         self.device, self.module, self.trained = backend.device, backend.module, backend.trained
         self.has_adapter = hasattr(self.module, "disable_adapter")
-        self.logprobs = backend.logprobs
         self.slots: dict[str, Slot] = {MAIN_SLOT: backend.slot(total_updates)}
         self.roles: dict[str, Role] = {}
+        self.names: dict[str, str] = {}
+        """Other names of roles."""
         self.reference: Kept | None = None
+        for name, spec in (roles or {}).items():
+            if isinstance(spec, str):
+                self.names[name] = spec
+            else:
+                self.add_role(name, spec.build(backend, config, total_updates))
         if reference and not backend.fresh_adapter:
             self.refresh_reference()
 
@@ -100,29 +86,43 @@ class PolicyLearner:
             ValueError: Nothing here provides one of the needs.
         """
         needs = set(needs)
-        known = POLICY_NEEDS | {p for r in self.roles.values() for p in r.provides} | {f"role:{n}" for n in self.roles}
+        named = {f"role:{name}" for name in (*self.roles, *self.names)}
+        known = POLICY_NEEDS | {p for r in self.roles.values() for p in r.provides} | named
         if needs - known:
             raise ValueError(f"nothing provides {sorted(needs - known)}; this learner provides {sorted(known)}")
         moved, budget, fields = batch.to(self.device), self.config.micro_batch_tokens, dict[str, Tensor]()
         share = self.backend.share
-        modules = [self.module, *(r.module for r in self.roles.values())]
-        with torch.no_grad(), evaluating(*modules), self.backend.computing():
-            if needs & {"old_logp", "entropy"}:
-                wanted = {f"{need}_BT" for need in needs & {"old_logp", "entropy"}}
-                scored = share.compute(moved, budget, lambda micro: self._annotate_policy(micro, "entropy" in needs))
-                fields |= {name: scored[name] for name in scored.keys() & wanted}
+        with torch.no_grad(), evaluating(*self._modules()), self.backend.computing():
+            own = needs & {"old_logp", "entropy"} | (needs & {"values"} if self._head else set())
+            if own:
+                scored = share.compute(moved, budget, lambda micro: self._annotate_policy(micro, own))
+                fields |= {name: scored[name] for name in scored.keys() & {f"{need}_BT" for need in own}}
             if "reference" in needs:
                 with self._reference_weights():
-                    fields |= share.compute(moved, budget, lambda micro: {"ref_logp_BT": self.logprobs(micro)[0]})
-            for name, role in self.roles.items():
-                if needs & {*role.provides, f"role:{name}"}:
+                    fields |= share.compute(
+                        moved, budget, lambda micro: {"ref_logp_BT": self.backend.forward(micro)[0]}
+                    )
+            for role in self.roles.values():
+                if needs & set(role.provides) and role is not self._head:
                     fields |= share.compute(moved, budget, role.annotate)
         fields = self.backend.assembled(fields)
         return replace(batch, **{name: value.to(batch.ids_BT.device) for name, value in fields.items()})
 
-    def _annotate_policy(self, micro: Batch, entropy: bool) -> dict[str, Tensor]:
-        logp_BT, entropy_BT = self.logprobs(micro, "value" if entropy else "none")
-        return {"old_logp_BT": logp_BT} | ({} if entropy_BT is None else {"entropy_BT": entropy_BT})
+    def _annotate_policy(self, micro: Batch, needs: Collection[str]) -> dict[str, Tensor]:
+        entropy: Entropy = "value" if "entropy" in needs else "none"
+        logp_BT, entropy_BT, *output = self.backend.forward(micro, entropy, "values" in needs)
+        found = {"old_logp_BT": logp_BT} | ({} if entropy_BT is None else {"entropy_BT": entropy_BT})
+        if output and self._head is not None:
+            found |= self._head.read(output[0], micro)
+        return found
+
+    @property
+    def _head(self) -> HeadRole | None:
+        """A critic on the policy's own hidden states, if there is one."""
+        return next((role for role in self.roles.values() if isinstance(role, HeadRole)), None)
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.module, *(role.backend.module for role in self.roles.values())]
 
     # Reference
 
@@ -163,7 +163,7 @@ class PolicyLearner:
         return self.slots[name]
 
     def add_role(self, name: str, role: Role) -> None:
-        """Puts a model beside the policy, on the learner's device.
+        """Puts a model beside the policy.
 
         Raises:
             ValueError: The name is taken, or the role is to be trained and has no slot.
@@ -172,11 +172,49 @@ class PolicyLearner:
             raise ValueError(f"there is a role {name!r} already")
         if isinstance(role, TrainedRole) and role.slot is None:
             raise ValueError(f"role {name!r} has a loss but no slot to train with")
-        role.module.to(self.device).eval()
         self.roles[name] = role
 
-    def update(self, batch: Batch, objective: PolicyObjective, slot: str = MAIN_SLOT) -> dict[str, float]:
+    @property
+    def of_prompts(self) -> tuple[str, ...]:
+        """Roles that say something of prompts, by each of their names."""
+        return of_prompts(self.roles, self.names)
+
+    def updates_of(self, name: str) -> int:
+        """How many updates a role has had."""
+        role = self._named(name)
+        slot = self.slots[MAIN_SLOT] if role is self._head else role.slot
+        return 0 if slot is None else slot.counts.updates
+
+    def predict(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """``[len(prompts)]`` float32: the value that a role gives to the state at the end of each prompt's tokens."""
+        batch, last_B = prompt_batch(prompts), torch.tensor([len(ids) - 1 for ids in prompts])
+        role, budget = self._named(name), self.config.micro_batch_tokens
+        with torch.no_grad(), evaluating(*self._modules()), role.backend.computing():
+            fields = self.backend.share.compute(batch.to(self.device), budget, role.annotate)
+        return self.backend.assembled(fields)["values_BT"].to("cpu")[torch.arange(len(prompts)), last_B]
+
+    def fit(self, name: str, prompts: Sequence[Sequence[int]], targets: Tensor) -> dict[str, float]:
+        """Trains a role of prompts on ``targets`` ``[len(prompts)]``; metrics as those of :meth:`update`.
+
+        A role that is trained on batches is not trained here as well, and has no metrics.
+        """
+        role = self._named(name)
+        if not role.of_prompts:
+            return {}
+        assert isinstance(role, TrainedRole) and role.slot is not None
+        with self._training(name, role.slot):
+            return self._fit(role, role.loss, prompt_batch(prompts, targets).to(self.device), role.slot, role.backend)
+
+    def _named(self, name: str) -> Role:
+        return self.roles[self.names.get(name, name)]
+
+    def update(self, batch: Batch, objective: PolicyObjective | None, slot: str = MAIN_SLOT) -> dict[str, float]:
         """Trains the policy on ``batch`` and, in the slot ``"rl"``, the trained roles after it.
+
+        Args:
+            batch: With everything that was credited.
+            objective: Of the policy; None leaves the policy as it is and trains roles alone.
+            slot: Whose optimizer.
 
         Returns:
             The objective's metrics over the mini-batches that were stepped on, with ``loss`` and ``grad_norm`` as
@@ -188,28 +226,39 @@ class PolicyLearner:
             FloatingPointError: Too many steps in a row had no finite numbers.
             ValueError: A row is longer than ``micro_batch_tokens``.
         """
-        batch, own = batch.to(self.device), self.slot(slot)
-        policy = _PolicyGoal(self.backend, objective, "gradient" if objective.wants_entropy_grad else "value")
-        modules = [self.module, *(r.module for r in self.roles.values())]
+        batch, own, metrics = batch.to(self.device), self.slot(slot), dict[str, float]()
+        with self._training(slot, own):
+            if objective is not None:
+                policy = PolicyGoal(self.backend, objective, self._head if slot == MAIN_SLOT else None)
+                metrics |= {"tokens": 0.0} | self._fit(policy, policy.loss, batch, own, self.backend)
+            for name, role in self.roles.items() if slot == MAIN_SLOT else ():
+                if isinstance(role, TrainedRole) and role.slot is not None and not role.of_prompts:
+                    fitted = self._fit(role, role.loss, batch, role.slot, role.backend)
+                    metrics |= {f"{name}/{key}": value for key, value in fitted.items()}
+        return metrics
+
+    @contextmanager
+    def _training(self, name: str, slot: Slot) -> Iterator[None]:
+        """All modules are in training mode inside, and dropout's numbers are those of this update."""
         cuda = [self.device] if self.device.type == "cuda" else []
         rank = self.backend.share.rank
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(keyed_seed(self.seed, "dropout", slot, own.counts.begun, *([rank] if rank else [])))
-            for module in modules:
+            torch.manual_seed(keyed_seed(self.seed, "dropout", name, slot.counts.begun, *([rank] if rank else [])))
+            for module in self._modules():
                 module.train()
             try:
-                metrics = self._fit(objective, policy.loss, batch, own)
-                for name, role in self.roles.items() if slot == MAIN_SLOT else ():
-                    if isinstance(role, TrainedRole) and role.slot is not None:
-                        fitted = self._fit(role, role.loss, batch, role.slot)
-                        metrics |= {f"{name}/{key}": value for key, value in fitted.items()}
+                yield
             finally:
-                for module in modules:
+                for module in self._modules():
                     module.eval()
-        return metrics
 
     def _fit(
-        self, goal: Goal, loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], batch: Batch, slot: Slot
+        self,
+        goal: Goal,
+        loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
+        batch: Batch,
+        slot: Slot,
+        backend: Backend,
     ) -> dict[str, float]:
         """All epochs and mini-batches of one update in one slot."""
         sums: dict[str, Tensor] = {}
@@ -223,13 +272,13 @@ class PolicyLearner:
                 if not minibatch.loss_mask_BT.any():
                     empty += 1
                     continue
-                loss, parts = self._backward(loss_of, minibatch)
+                loss, parts = self._backward(loss_of, minibatch, backend)
                 outcomes.append(slot.step(loss))
                 if outcomes[-1][2] and parts:
                     sums = combine(sums, parts)
         taken = [(loss, norm) for loss, norm, stepped in outcomes if stepped]
         sums = self.backend.joined(sums)
-        metrics = {"tokens": 0.0} | (goal.finish(sums) if sums else {})
+        metrics = goal.finish(sums) if sums else {}
         if taken:
             metrics["loss"] = sum(loss for loss, _ in taken) / len(taken)
             metrics["grad_norm"] = sum(norm for _, norm in taken) / len(taken)
@@ -241,15 +290,15 @@ class PolicyLearner:
         }
 
     def _backward(
-        self, loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], minibatch: Batch
+        self, loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], minibatch: Batch, backend: Backend
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of a mini-batch, accumulated over this rank's micro-batches; its part of the loss and of sums."""
         total, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
-        micros = self.backend.share.micro_batches(minibatch, self.config.micro_batch_tokens)
+        micros = backend.share.micro_batches(minibatch, self.config.micro_batch_tokens)
         for i, (_, micro) in enumerate(micros):
-            with self.backend.computing():
+            with backend.computing():
                 loss, parts = loss_of(micro)
-            self.backend.backward(loss, last=i == len(micros) - 1)
+            backend.backward(loss, last=i == len(micros) - 1)
             total += loss.detach()
             if parts:
                 sums = combine(sums, parts)
@@ -274,7 +323,7 @@ class PolicyLearner:
         record["slots"] = {name: slot.save(folder / f"slot-{name}") for name, slot in self.slots.items()}
         record["roles"] = {}
         for name, role in self.roles.items():
-            write_tensors(folder / f"role-{name}.safetensors", role.module.state_dict())
+            role.backend.write(folder / f"role-{name}.safetensors", head=role is self._head)
             record["roles"][name] = None if role.slot is None else role.slot.save(folder / f"role-{name}-slot")
         if self.backend.share.rank == 0:
             (folder / "learner.json").write_text(json.dumps(record, indent=1))
@@ -296,13 +345,14 @@ class PolicyLearner:
         for name, counts in record["slots"].items():
             self.slot(name).restore(folder / f"slot-{name}", counts)
         for name, role in self.roles.items():
-            own = role.module.state_dict()
-            copy_into(own, read_tensors(folder / f"role-{name}.safetensors", own))
+            role.backend.read(folder / f"role-{name}.safetensors", head=role is self._head)
             if role.slot is not None:
                 role.slot.restore(folder / f"role-{name}-slot", record["roles"][name])
 
     def close(self) -> None:
         """Ends whatever it started; may be called twice."""
+        for role in self.roles.values():
+            role.backend.close()
         self.backend.close()
 
 

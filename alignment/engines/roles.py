@@ -1,23 +1,22 @@
-"""Models beside the policy: a critic, a prompt value model, a mask network.
+"""Models beside the policy: a critic, a value model, a prompt value model, a mask network.
 
-A role owns its module and, if it learns, a :class:`~alignment.engines.optimizer.Slot`: an optimizer with its own
-moments and schedule. There are two ways to learn, and a role may have either, both or none:
+A role has a :class:`~alignment.engines.backend.Backend` of its own, so weights in the same processes as the policy's,
+and, if it learns, a :class:`~alignment.engines.optimizer.Slot`: an optimizer with its own moments and schedule. Then it
+is trained by ``learner.update`` on the same batches as the policy, in its own epochs and mini-batches (a critic); or,
+one that is ``of_prompts``, by the component that named it in ``needs``, through its handle (a prompt value model).
 
-- a :class:`TrainedRole` is trained by ``learner.update`` on the same batch as the policy, in its own epochs and
-  mini-batches (a critic);
-- a role that is also an :class:`alignment.types.RoleHandle` is fitted by the component that named it in ``needs``,
-  calling ``fit`` (a prompt value model). Its ``version`` can be ``slot.counts.updates``, which is restored with it.
-
-The learner saves and restores every role: ``module.state_dict()`` and the slot.
+The learner saves and restores every role, weights and slot.
 """
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from alignment.engines.backend import Backend
 from alignment.engines.optimizer import Slot
-from alignment.types import Batch, RoleHandle
+from alignment.types import Batch, Prompt
 
 
 @runtime_checkable
@@ -47,8 +46,10 @@ class Goal(Protocol):
 class Role(Protocol):
     """A model beside the policy. ``slot`` is None for one that does not learn."""
 
-    module: nn.Module
+    backend: Backend
     slot: Slot | None
+    of_prompts: bool
+    """It says something of prompts, for a component that asks, and takes no part in updates."""
 
     @property
     def provides(self) -> tuple[str, ...]:
@@ -62,13 +63,44 @@ class Role(Protocol):
 
 @runtime_checkable
 class TrainedRole(Role, Goal, Protocol):
-    """A role that ``learner.update`` trains. It must have a slot."""
+    """A role that learns. It must have a slot."""
 
     def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds up over the micro-batches of a mini-batch: the loss and the sums for metrics (``*_max``: maximum)."""
         ...
 
 
-def handles(roles: Mapping[str, Role]) -> dict[str, RoleHandle]:
-    """The roles that components may query and fit."""
-    return {name: role for name, role in roles.items() if isinstance(role, RoleHandle)}
+class RoleSpec(Protocol):
+    """What a role is made from, wherever the learner's processes are; it can be pickled."""
+
+    def build(self, backend: Backend, config: Any, total_updates: int) -> Role:
+        """The role beside the policy of ``backend``; ``config`` are the learner's options."""
+        ...
+
+
+@dataclass(frozen=True)
+class PromptHandle:
+    """A role of a learner as components see it (:class:`alignment.types.RoleHandle`): by prompts."""
+
+    learner: Any
+    name: str
+    encode: Callable[[Prompt], Sequence[int]]
+    """The tokens that the policy is shown."""
+
+    @property
+    def version(self) -> int:
+        """How many updates it has had."""
+        return self.learner.updates_of(self.name)
+
+    def values(self, prompts: Sequence[Prompt]) -> Tensor:
+        """``[len(prompts)]`` float32: what is expected of a completion, read at the prompt's last token."""
+        return self.learner.predict(self.name, [tuple(self.encode(prompt)) for prompt in prompts])
+
+    def fit(self, prompts: Sequence[Prompt], targets: Tensor) -> Mapping[str, float]:
+        """One round of regression on ``targets``; metrics. A critic, which learns from each batch, is left alone."""
+        return self.learner.fit(self.name, [tuple(self.encode(prompt)) for prompt in prompts], targets)
+
+
+def handles(learner: Any, encode: Callable[[Prompt], Sequence[int]]) -> dict[str, PromptHandle]:
+    """The roles of ``learner`` that components may query and fit."""
+    return {name: PromptHandle(learner, name, encode) for name in learner.of_prompts}

@@ -1,6 +1,6 @@
 """The embedded learner: one process, one module, AdamW."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -8,6 +8,8 @@ from alignment.engines.backend import OneProcess
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.outgoing import Form, buckets, outgoing
 from alignment.engines.policy_learner import MAIN_SLOT, PolicyLearner, PolicyObjective
+from alignment.engines.roles import RoleSpec
+from alignment.engines.value_roles import shared_head
 
 
 class TorchLearner(PolicyLearner):
@@ -21,15 +23,23 @@ class TorchLearner(PolicyLearner):
         seed: Of dropout, the only random choice here: its numbers depend on (seed, slot, number of the update).
         reference: Keep the weights of now as the reference. Nothing is kept while a LoRA adapter is fresh: the
             reference is then the model without it.
+        roles: Models beside the policy, by name; a text is another name for one of them.
 
     Raises:
         ValueError: Nothing in ``module`` requires a gradient.
     """
 
     def __init__(
-        self, module: nn.Module, config: TorchLearnerConfig, total_updates: int, seed: int, reference: bool = False
+        self,
+        module: nn.Module,
+        config: TorchLearnerConfig,
+        total_updates: int,
+        seed: int,
+        reference: bool = False,
+        roles: Mapping[str, RoleSpec | str] | None = None,
     ) -> None:
-        super().__init__(OneProcess(module, config), config, total_updates, seed, reference)
+        backend = OneProcess(module, config, shared_head(roles, module.config))
+        super().__init__(backend, config, total_updates, seed, reference, roles)
 
     def weights(self, bucket_bytes: int, form: Form = "merged") -> Iterator[dict[str, Tensor]]:
         """The policy's weights as they are now, in buckets of at most ``bucket_bytes``; a larger tensor comes alone.

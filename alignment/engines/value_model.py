@@ -50,11 +50,12 @@ class ValueHead(nn.Module):
         hidden_size: H.
         vocabulary: V, for a vocabulary-wide head.
         shape: What it puts out.
+        lr_ratio: Its learning rate over that of the model that it is on, where the two have one optimizer.
     """
 
-    def __init__(self, hidden_size: int, vocabulary: int, shape: ValueShape) -> None:
+    def __init__(self, hidden_size: int, vocabulary: int, shape: ValueShape, lr_ratio: float = 1.0) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.lr_ratio = shape, lr_ratio
         self.linear = nn.Linear(hidden_size, shape.width(vocabulary))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)

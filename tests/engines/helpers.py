@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor, nn
 
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.objective import Objective
+from alignment.algorithms.value_losses import Scalar, ValueLoss
+from alignment.algorithms.values import state_mask
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.torch_learner import TorchLearner
+from alignment.engines.value_model import ValueShape
+from alignment.engines.value_roles import ValueRoleSpec
 from alignment.types import Batch
 
 SIZES = {
@@ -117,11 +122,41 @@ class Reinforce:
 
 
 def learner_of(
-    module: nn.Module, total: int = 100, seed: int = 0, reference: bool = False, **options: Any
+    module: nn.Module,
+    total: int = 100,
+    seed: int = 0,
+    reference: bool = False,
+    roles: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> TorchLearner:
     """A learner on the CPU with a rate high enough to see weights move."""
     config = TorchLearnerConfig(**({"lr": 1e-2, "device": "cpu", "weight_decay": 0.1, "max_grad_norm": None} | options))
-    return TorchLearner(module, config, total, seed, reference)
+    return TorchLearner(module, config, total, seed, reference, roles)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An origin whose model is :func:`tiny`."""
+
+    seed: int = 3
+    architecture: str = "Qwen3"
+
+    def make(self) -> Any:
+        return SimpleNamespace(module=tiny(self.architecture, seed=self.seed))
+
+
+def critic(loss: ValueLoss = Scalar(), kind: Any = "state", streams: int = 0, **options: Any) -> ValueRoleSpec:  # noqa: B008
+    """A value model of its own, of two epochs and mini-batches."""
+    plain: dict[str, Any] = {"options": {"lr": 1e-2}, "epochs": 2, "minibatches": 2}
+    return ValueRoleSpec(ValueShape(loss, kind, streams), Made(), **(plain | options))  # pyright: ignore[reportArgumentType]
+
+
+def with_returns(batch: Batch, streams: int = 0) -> Batch:
+    """Returns that the tokens tell, for the states that may have one; and values from before."""
+    target = torch.where(state_mask(batch.loss_mask_BT), batch.ids_BT.float() / 19, torch.nan)
+    if streams:
+        target = torch.stack([target * (k + 1) for k in range(streams)], -1)
+    return replace(batch, returns_BT=target, values_BT=torch.zeros_like(target))
 
 
 def lora(seed: int = 0, dropout: float = 0.0) -> nn.Module:

@@ -125,7 +125,7 @@ def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
     torch_learner = embedded()
     as_protocol: Any = learner
     assert isinstance(as_protocol, Learner) and not hasattr(learner, "module")
-    assert learner.device == torch.device("cpu") and learner.roles == {} and learner.needs == frozenset()
+    assert learner.device == torch.device("cpu") and learner.of_prompts == () and learner.needs == frozenset()
     for step in range(3):
         annotated = learner.annotate(batch(step), {"old_logp", "reference", "entropy"})
         expected = torch_learner.annotate(batch(step), {"old_logp", "reference", "entropy"})

@@ -15,26 +15,23 @@ from alignment.algorithms.policy_losses import Clip
 from alignment.engines.roles import handles as handles_of
 from alignment.engines.torch_learner import TorchLearner
 from alignment.types import Prompt
-from tests.engines.helpers import Reinforce, grpo, learner_of, lora, make_batch, tiny
-from tests.engines.test_roles import CriticRole, PromptValue, with_critic, with_returns
+from tests.engines.helpers import Reinforce, critic, grpo, learner_of, lora, make_batch, tiny, with_returns
 
 
 def build(kind: str) -> TorchLearner:
     options: dict[str, Any] = {"total": 6, "schedule": "cosine", "warmup_steps": 2}
     if kind == "lora":
         return learner_of(lora(dropout=0.3), **options)
-    learner = learner_of(tiny("GPT2", resid_pdrop=0.3), reference=True, **options)
-    learner.add_role("critic", CriticRole())
-    learner.add_role("difficulty", PromptValue())
-    return learner
+    roles = {"critic": critic(), "difficulty": critic(of_prompts=True)}
+    return learner_of(tiny("GPT2", resid_pdrop=0.3), reference=True, roles=roles, **options)
 
 
 def advance(learner: TorchLearner, step: int) -> dict[str, float]:
     batch = with_returns(replace(make_batch(seed=step), step=step))
     batch = learner.annotate(batch, {"old_logp", "reference"})
     metrics = learner.update(batch, grpo(epochs=2, minibatches=2, policy_loss=Clip()))
-    for handle in handles_of(learner.roles).values():
-        handle.fit([Prompt("a", {"difficulty": step})], torch.tensor([1.0]))
+    for handle in handles_of(learner, lambda prompt: prompt.row["ids"]).values():
+        handle.fit([Prompt("a", {"ids": [step + 1, 2]})], torch.tensor([1.0]))
     return metrics | learner.update(batch, Objective.supervised(), slot="sft")
 
 
@@ -92,7 +89,7 @@ def test_restoring_something_else_says_what_differs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"k_norm\.weight is not part of this model"):
         learner_of(tiny("Llama")).restore(tmp_path)
     with pytest.raises(ValueError, match=r"has roles \[\] and this learner \['critic'\]"):
-        with_critic().restore(tmp_path)
+        learner_of(tiny(), roles={"critic": critic()}).restore(tmp_path)
     adapted = learner_of(lora())
     adapted.save(tmp_path / "lora")
     with pytest.raises(ValueError, match="another base model"):

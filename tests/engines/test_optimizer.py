@@ -39,7 +39,7 @@ def test_the_steps_are_adamws_with_clipping_and_decay_on_matrices_only() -> None
     for step in range(3):
         metrics = learner.update(batch, Reinforce())
         minibatch = Reinforce().prepare(batch)
-        loss = Reinforce().loss(*twin.logprobs(minibatch, "value"), minibatch)[0]
+        loss = Reinforce().loss(*twin.backend.forward(minibatch, "value"), minibatch)[0]
         adamw.zero_grad()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(module.parameters(), 0.5))

@@ -1,0 +1,212 @@
+"""The stages of a recipe, as typed, frozen records. ``alignment.recipe`` puts them together."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from alignment.algorithms.advantages import Gae
+from alignment.algorithms.aggregations import Aggregation, aggregations
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.objective import Objective
+from alignment.algorithms.values import Truncation
+from alignment.critics import Circumstances, Critic, critics
+from alignment.curricula import Curriculum, places, with_selector
+from alignment.curricula import curricula as curriculum_registry
+from alignment.engines import deepspeed_config, ray_config, transport_config, vllm_config  # noqa: F401 - they register engines
+from alignment.engines.config import Cluster, SamplerConfig, Site, TransportConfig, clusters, samplers, transports
+from alignment.engines.learner_config import LearnerConfig, learners
+from alignment.engines.roles import RoleSpec
+from alignment.environments import Environment, environments
+from alignment.recipe_sections import Choice, Count, Label, Sampling, Section
+from alignment.registry import Registry, component
+
+
+def _default(registry: Registry[Any], name: str) -> Any:
+    return Field(default_factory=lambda: registry.build(name))
+
+
+class SftStage(Section):
+    """Supervised fine-tuning on ``data.demonstrations``."""
+
+    stage: Literal["sft"] = "sft"
+    name: Label = "sft"
+    steps: Count
+    batch_size: Count = 32
+    """Demonstrations in a step."""
+    aggregation: Annotated[Aggregation, component(aggregations)] = _default(aggregations, "token_mean")
+    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
+    """Evaluates."""
+    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
+    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
+    transport: Annotated[TransportConfig, component(transports)] | None = None
+    """How new weights reach the sampler; None: as suits the two."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps in a step."""
+        return 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Never."""
+        return False
+
+    def components(self) -> dict[str, Any]:
+        """None of its components has a state."""
+        return {}
+
+    def policy_rests(self, stage_step: int) -> bool:
+        """Never."""
+        return False
+
+    def roles(self, site: Site, objectives: tuple[str, ...]) -> dict[str, RoleSpec | str]:
+        """No model beside the policy."""
+        return {}
+
+    def objective(self) -> Objective:
+        """The negative log-likelihood."""
+        return Objective.supervised(self.aggregation)
+
+
+class RolloutStage(Section):
+    """What stages that sample completions of ``data.train`` and score them have in common."""
+
+    name: Label
+    steps: Count
+    prompts_per_step: Count = 32
+    group_size: Count = 8
+    """Completions of each prompt."""
+    sampling: Sampling = Sampling()
+    environment: Annotated[Environment, component(environments)] = _default(environments, "single_turn")
+    curricula: tuple[Annotated[Curriculum, component(curriculum_registry)], ...] = Field(
+        default_factory=lambda: (curriculum_registry.build("uniform"),)
+    )
+    prompt_value: Annotated[Critic, component(critics)] | None = None
+    """Predicts what comes of a prompt, for curricula that ask: a ``model``, or the critic's ``read_out``."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Policy versions that a rollout may be behind the policy it trains."""
+    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
+    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
+    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
+    transport: Annotated[TransportConfig, component(transports)] | None = None
+    """How new weights reach the sampler; None: as suits the two."""
+
+    @field_validator("curricula")
+    @classmethod
+    def _select_first(cls, value: tuple[Curriculum, ...]) -> tuple[Curriculum, ...]:
+        return with_selector(value)
+
+    @property
+    def credited(self) -> Algorithm:
+        """What makes returns, and, for a policy that is trained, the loss."""
+        raise NotImplementedError
+
+    @property
+    def values(self) -> Critic | None:
+        """The value model that learns from each batch."""
+        raise NotImplementedError
+
+    def policy_rests(self, stage_step: int) -> bool:
+        """Whether the step trains models beside the policy alone."""
+        raise NotImplementedError
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any component compares the policy with a reference."""
+        return "reference" in self.credited.needs
+
+    def components(self) -> dict[str, Any]:
+        """Its components by their place, the key of their state."""
+        return {**places(self.curricula), **self.credited.components()}
+
+    def roles(self, site: Site, objectives: tuple[str, ...]) -> dict[str, RoleSpec | str]:
+        """Models beside the policy, by name.
+
+        Args:
+            site: The policy, and where relative paths start.
+            objectives: Names of the reward components.
+        """
+        algorithm, roles = self.credited, dict[str, RoleSpec | str]()
+        streams = objectives if getattr(algorithm.weighting, "streams", False) else ()
+        folder = Path(site.folders[0]) if site.folders else Path.cwd()
+        for name, critic in {"critic": self.values, "prompt_value": self.prompt_value}.items():
+            if critic is not None:
+                assert site.model.origin is not None, "a model of a recipe has an origin"
+                own = streams if name == "critic" else ()
+                here = Circumstances(site.model.origin, folder, name, own, algorithm.epochs, algorithm.minibatches)
+                roles[name] = critic.role(here)
+        return roles
+
+
+class OnlineStage(RolloutStage):
+    """Online reinforcement learning on ``data.train``."""
+
+    stage: Literal["online"] = "online"
+    name: Label = "rl"
+    algorithm: Algorithm = Field(default_factory=Algorithm)
+    critic: Annotated[Critic, component(critics)] | None = None
+    """Predicts returns, for advantages that ask (``gae``): a ``model`` of its own, or a ``head`` on the policy."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of the policy in a step."""
+        return self.algorithm.epochs * self.algorithm.minibatches
+
+    @property
+    def credited(self) -> Algorithm:
+        """The algorithm."""
+        return self.algorithm
+
+    @property
+    def values(self) -> Critic | None:
+        """The critic."""
+        return self.critic
+
+    def policy_rests(self, stage_step: int) -> bool:
+        """While the critic is trained ahead."""
+        return stage_step < getattr(self.critic, "pretraining_steps", 0)
+
+
+class ValueStage(RolloutStage):
+    """Fits a value model to the rollouts of the policy, which stays as it is."""
+
+    stage: Literal["value"] = "value"
+    name: Label = "value"
+    value_model: Annotated[Critic, component(critics)] = _default(critics, "model")
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per sampled token."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Lambda of the targets: 1 is Monte Carlo, below it the value model's own values are part of them."""
+    truncation: Truncation = "bootstrap"
+    """What a completion that met the length limit was worth: what the state that it reached is (``bootstrap``), or
+    the reward that it got as it stands (``end``)."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of the policy in a step."""
+        return 0
+
+    @property
+    def credited(self) -> Algorithm:
+        """What makes targets."""
+        targets = Gae(gamma=self.gamma, lam=self.lam, critic_lam=self.lam, truncation=self.truncation, normalise="none")
+        return Algorithm(advantage=targets, correction=None)
+
+    @property
+    def values(self) -> Critic | None:
+        """The value model."""
+        return self.value_model
+
+    def policy_rests(self, stage_step: int) -> bool:
+        """Always."""
+        return True
+
+
+Stage = SftStage | OnlineStage | ValueStage
+STAGES = Choice(
+    "stage",
+    "stages",
+    {"sft": SftStage, "online": OnlineStage, "value": ValueStage},
+    later=("preference", "reward_model"),
+)
