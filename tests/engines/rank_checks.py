@@ -55,12 +55,17 @@ def module_of(kind: str) -> nn.Module:
 
 
 def rank_of(
-    kind: str = "tiny", total: int = 100, reference: bool = False, whole_elements: int = 0, **options: Any
+    kind: str = "tiny",
+    total: int = 100,
+    reference: bool = False,
+    whole_elements: int = 0,
+    roles: dict[str, Any] | None = None,
+    **options: Any,
 ) -> DeepSpeedRank:
     """The learner of this rank; at stage 3, weights of no more than ``whole_elements`` stay whole, as small ones do."""
     deepspeed_zero.PERSISTENT_ELEMENTS = whole_elements
     config = DeepSpeedLearnerConfig(ranks=dist.get_world_size(), **(OPTIONS | options))
-    return DeepSpeedRank(module_of(kind), config, total, 0, reference)
+    return DeepSpeedRank(module_of(kind), config, total, 0, reference, roles)
 
 
 def embedded(kind: str = "tiny", total: int = 100, reference: bool = False, **options: Any) -> PolicyLearner:
