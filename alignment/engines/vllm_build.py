@@ -37,6 +37,10 @@ def build_engine(spec: EngineSpec, folder: Path) -> Any:
             args = EngineArgs(model=str(folder), **_arguments(spec, on_cpu()))
             config = args.create_engine_config()
             _check(config)
+            if spec.steering is not None:
+                from alignment.engines.vllm_guidance import processor_for
+
+                config.model_config.logits_processors = [processor_for(config)]
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"sampler vllm: vLLM cannot run this model: {error}") from error
         engine: Any = LLMEngine.from_vllm_config(config, disable_log_stats=True)
@@ -83,6 +87,10 @@ def _arguments(spec: EngineSpec, cpu: bool) -> dict[str, Any]:
         arguments["block_size"] = BLOCK_TOKENS
     elif o.sleep:
         arguments["enable_sleep_mode"] = True
+    if spec.steering is not None:
+        from alignment.engines.vllm_guidance import CONFIG
+
+        arguments["additional_config"] = {CONFIG: spec.steering.to_json()}
     if spec.lora is not None:
         rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= spec.lora.rank)
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}

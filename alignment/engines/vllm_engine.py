@@ -228,6 +228,8 @@ def _parameters(request: Request) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    from alignment.engines.vllm_guidance import PARAMETER
+
     p = request.params
     return SamplingParams(
         max_tokens=p.max_tokens,
@@ -242,4 +244,5 @@ def _parameters(request: Request) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
+        extra_args={PARAMETER: list(p.tilt)} if any(p.tilt) else None,
     )

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from alignment.engines.config import Site
+from alignment.engines.steering import SteeringPlan
 from alignment.engines.vllm_config import VllmSamplerConfig
 from alignment.errors import UserError
 from alignment.origin import Origin
@@ -51,6 +52,8 @@ class EngineSpec:
     origin: Origin | None = None
     cpu_cache_bytes: int = field(default=0)
     """What the rows need on a CPU, where the recipe does not say it."""
+    steering: SteeringPlan | None = None
+    """What steers requests that have a ``tilt``; its folders are read where the engine is."""
 
     @classmethod
     def of(cls, site: Site, options: VllmSamplerConfig) -> Self:
@@ -83,6 +86,7 @@ class EngineSpec:
             lora,
             site.model.origin,
             _cpu_cache_bytes(config.get_text_config(), options, longest, dtype),
+            _steering(site),
         )
 
     def check(self, requests: Sequence[Request]) -> None:
@@ -92,12 +96,21 @@ class EngineSpec:
             UserError: One is empty, asks for no tokens, has a bad option or is too long.
         """
         for request in requests:
-            check_request(request, self.max_tokens)
+            check_request(request, self.max_tokens, 0 if self.steering is None else self.steering.models)
+            if self.steering is not None:
+                self.steering.check(request)
             if 0 < request.params.temperature < SMALLEST_TEMPERATURE:
                 raise UserError(
                     f"request {request.id!r}: temperature is {request.params.temperature}; with vLLM it must be 0"
                     f" (greedy) or at least {SMALLEST_TEMPERATURE}"
                 )
+
+
+def _steering(site: Site) -> SteeringPlan | None:
+    plan = SteeringPlan.of(site)
+    if plan is not None and plan.name != "value_augmented":
+        raise UserError(f"sampler vllm: it has no decoding {plan.name}; use sampler: transformers")
+    return plan
 
 
 def _lora_shape(site: Site) -> LoraShape:
