@@ -165,12 +165,12 @@ class Job:
         self,
         state: TrainState,
         batch: Batch,
-        watched: Watched | Objective,
+        watched: Watched | Objective | None,
         states: Mapping[str, Any],
         metrics: Mapping[str, float],
     ) -> None:
-        """Keeps the batch for ``align replay``."""
-        if keep := self.recipe.run.flight_steps:
+        """Keeps the batch for ``align replay``; one that did not train the policy has nothing to compute again."""
+        if (keep := self.recipe.run.flight_steps) and watched is not None:
             recorder = FlightRecorder(self.run.flight, keep, lambda i: decode(self.model.tokenizer, [i]))
             recorder.record(batch, watched, states, state.stage, state.step, metrics)
 

@@ -22,10 +22,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
     Args:
         job: Engines, data and outputs.
         stage: Components and sizes.
-        state: Where the stage stands, ``stage_step`` 0 for a fresh one.
-
-    Returns:
-        The state after the last step.
+        state: Where the stage stands, ``stage_step`` 0 for a fresh one. The state after the last step is returned.
 
     Raises:
         Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
@@ -44,13 +41,13 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.data.demonstrations, context)
         lag = staleness(slots["rl"], state.step)
         with phases("annotate"), job.meanwhile(collector.pump):
-            of_policy = objective.needs(staleness=lag) | learner.needs if objective is not None else frozenset[str]()
-            batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), of_policy | algorithm.needs)
+            needs = algorithm.needs | (objective.needs(staleness=lag) | learner.needs if objective else frozenset())
+            batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
         with phases("credit"):
             batch = credit(batch, algorithm, states)
         job.settled = False
         with phases("update"), job.meanwhile(collector.pump):
-            watched = Watched(objective) if objective is not None and job.engines.in_process else objective
+            watched = Watched(objective) if objective and job.engines.in_process else objective
             metrics = learner.update(batch, watched) | batch_metrics(batch)
             for slot in sorted(slots.keys() - {"rl"}):
                 metrics |= supervise(job, slots[slot], sealed.state.step, slot)
@@ -60,8 +57,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
             states = observe(components, states, signals)
             state = replace(sealed.state.next_step(), components=states)
-            if watched is not None:
-                job.record_batch(state, batch, watched, sealed.state.components, metrics)
+            job.record_batch(state, batch, watched, sealed.state.components, metrics)
             metrics = metrics | summarise(sealed.sampled, sealed.dropped) | {"staleness": float(lag)}
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself

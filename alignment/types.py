@@ -245,6 +245,8 @@ class Batch:
     """float32: multiplies the policy loss; None is 1."""
     scale_BT: Tensor | None = None
     """float32: set per mini-batch by the aggregation; the loss is ``sum(scale_BT * loss_BT)``."""
+    nll_scale_BT: Tensor | None = None
+    """float32: as ``scale_BT``, of the negative log-likelihood of correct rollouts."""
     value_scale_BT: Tensor | None = None
     """float32: as ``scale_BT``, of the value loss."""
     objectives: tuple[str, ...] = ()

@@ -169,7 +169,7 @@ def test_combinations_are_checked_beside_other_mistakes_but_not_on_top_of_them(t
 @pytest.mark.parametrize(
     ("needs", "message"),
     [
-        ("values", "needs values, which a critic makes, and this recipe has no critic (without a critic: "),
+        ("values", "needs values, which a critic makes: give the stage one, such as critic: model (without a critic: "),
         ("role:judge", "needs the model role 'judge', which nothing in this recipe provides"),
         ("demonstrations", "needs data.demonstrations"),
         ("reference", None),

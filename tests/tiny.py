@@ -14,7 +14,7 @@ from alignment.data.load import load_data
 from alignment.engines.assembly import open_engines
 from alignment.job import Job
 from alignment.metrics import Sinks
-from alignment.models import load_model
+from alignment.origin import Origin
 from alignment.recipe import OnlineStage, Recipe, load
 from alignment.runs import open_run
 from alignment.scoring import Scorer
@@ -94,7 +94,7 @@ def online_job(recipe: Recipe, stage: OnlineStage) -> Iterator[Job]:
     with ExitStack() as stack:
         run = stack.enter_context(open_run(recipe.run.output, recipe.run.name))
         scorer = stack.enter_context(Scorer.from_recipe(recipe))
-        model = load_model(recipe.model, recipe.run.seed)
+        model = Origin(recipe.model, recipe.run.seed).make()
         recipe = recipe.model_copy(update={"stages": (stage,)})
         data = load_data(recipe, model, scorer)
         job = Job(recipe, run, model, scorer, Checkpoints(run.checkpoints, 3), Sinks([]), GracefulStop(), data)

@@ -29,6 +29,9 @@ class Algorithm:
     entropy_controls: tuple[Annotated[EntropyControl, component(controls)], ...] = ()
     correction: Annotated[Correction, component(corrections)] | None = Tis()
     mixer: Annotated[Mixer, component(mixers)] = NoMix()
+    positive_nll: Annotated[
+        float, option("of the negative log-likelihood of correct rollouts, added to the loss (VAPO: 0.1)", ge=0)
+    ] = 0.0
     epochs: Annotated[int, option("times that each batch is gone through", ge=1)] = 1
     minibatches: Annotated[int, option("optimizer updates per epoch", ge=1)] = 1
 

@@ -26,10 +26,12 @@ from alignment.types import RATIO_BASES, SOURCES, Batch
 
 @dataclass(frozen=True)
 class Objective:
-    """``sum_{i,t} scale (weight w loss + c_kl kl + sum penalties)`` over trained tokens.
+    """``sum_{i,t} scale (weight w loss + c_kl kl + sum penalties) + c_nll nll`` over trained tokens.
 
     ``weight`` comes from mixers and entropy controls and ``w`` from the correction; both multiply the policy loss
-    alone. ``w`` and ``kl``, which presume tokens drawn from the policy, leave demonstrations out.
+    alone. ``w`` and ``kl``, which presume tokens drawn from the policy, leave demonstrations out. ``nll`` is the mean
+    negative log-likelihood of the tokens of rollouts that are correct by the first reward component (a value of at
+    least 1): positive-example language modelling of VAPO (arXiv 2504.05118).
     """
 
     policy_loss: PolicyLoss
@@ -40,6 +42,8 @@ class Objective:
     entropy_controls: tuple[tuple[EntropyControl, Any], ...] = ()
     """Each control with its state."""
     correction: Correction | None = None
+    positive_nll: float = 0.0
+    """``c_nll``."""
     epochs: int = 1
     minibatches: int = 1
     imitate: bool = False
@@ -58,6 +62,7 @@ class Objective:
             kl_coefficient=kl.coefficient_now(states.get("kl")) if kl is not None and in_loss else 0.0,
             entropy_controls=tuple((c, states.get(f"entropy_controls.{i}")) for i, c in controls),
             correction=algorithm.correction,
+            positive_nll=algorithm.positive_nll,
             epochs=algorithm.epochs,
             minibatches=algorithm.minibatches,
         )
@@ -95,7 +100,8 @@ class Objective:
             extra_BT = control.prepare(state, minibatch)
             if extra_BT is not None:
                 weight_BT = extra_BT if weight_BT is None else weight_BT * extra_BT
-        return replace(minibatch, scale_BT=self.aggregation.scale(minibatch.loss_mask_BT), weight_BT=weight_BT)
+        scale_BT = self.aggregation.scale(minibatch.loss_mask_BT)
+        return replace(minibatch, scale_BT=scale_BT, weight_BT=weight_BT, nll_scale_BT=self._nll_scale(minibatch))
 
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of the loss that the rows of ``micro`` make, and what :meth:`finish` needs to report on it.
@@ -135,6 +141,8 @@ class Objective:
         else:
             assert not self.wants_entropy_grad, "an entropy control's penalty needs entropies"
         loss = (scale_BT * torch.where(mask_BT, loss_BT, 0.0)).sum()
+        if micro.nll_scale_BT is not None:
+            loss = loss - self.positive_nll * (micro.nll_scale_BT * logp_BT).sum()
         counts = {"loss": loss.detach(), "tokens": mask_BT.sum(), "sampled_tokens": sampled_BT.sum()}
         return loss, counts | _sums(metrics, mask_BT) | _sums(sampled_metrics, sampled_BT)
 
@@ -153,6 +161,14 @@ class Objective:
             if name not in plain and count > 0:
                 metrics[name] = total if name.endswith("_max") else total / count
         return metrics
+
+    def _nll_scale(self, minibatch: Batch) -> Tensor | None:
+        """One over the number of tokens of correct rollouts, at those tokens."""
+        if not self.positive_nll:
+            return None
+        correct_B = (minibatch.rewards_BK[:, 0] >= 1) & ~is_demonstration(minibatch)
+        correct_BT = minibatch.loss_mask_BT & correct_B[:, None]
+        return correct_BT.float() / correct_BT.sum().clamp(min=1)
 
     def _mismatch(self, logp_BT: Tensor, micro: Batch, sampled_BT: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The correction's weights, and metrics of how far sampler and learner are apart on sampled tokens."""

@@ -90,13 +90,25 @@ def generalised(
     values_BT = torch.where(state_mask(loss_mask_BT), values_BT, 0.0).double()
     token_BT = torch.zeros_like(values_BT) if token_reward_BT is None else torch.where(mask_BT, token_reward_BT, 0.0)
     lam_B = torch.as_tensor(lam, dtype=torch.float64, device=values_BT.device).expand(len(reward_B))
-    reward_B = torch.where(scored_B, reward_B, 0.0).double()
+    end_B = torch.where(scored_B, reward_B, 0.0).double()
     open_B = truncated_B & (truncation == "bootstrap")
+    return _backwards(values_BT, token_BT, end_B, mask_BT, open_B, gamma, lam_B)
 
+
+def _backwards(
+    values_BT: Tensor,
+    token_BT: Tensor,
+    reward_B: Tensor,
+    mask_BT: Tensor,
+    open_B: Tensor,
+    gamma: float,
+    lam_B: Tensor,
+) -> Returns:
+    """The recursion, from the last token to the first; rows that are ``open_B`` go on behind their last token."""
     adv_BT, target_BT = torch.zeros_like(values_BT), torch.full_like(values_BT, torch.nan)
     following_B, adv_B = reward_B, torch.zeros_like(reward_B)  # what stands behind the token, and its advantage
     target_B = torch.where(open_B, torch.nan, reward_B)
-    seen_B = torch.zeros_like(scored_B)
+    seen_B = torch.zeros_like(open_B)
     for t in reversed(range(1, mask_BT.shape[1])):
         here_B = mask_BT[:, t]
         target_BT[:, t] = torch.where(here_B, target_B, target_BT[:, t])

@@ -18,7 +18,7 @@ from alignment.engines.logprobs import Entropy, evaluating
 from alignment.engines.optimizer import Slot
 from alignment.engines.policy_goal import PolicyGoal, PolicyObjective
 from alignment.engines.roles import Goal, Role, RoleSpec, TrainedRole
-from alignment.engines.value_roles import HeadRole, of_prompts, prompt_batch
+from alignment.engines.value_roles import Roles, prompt_batch
 from alignment.types import Batch, keyed_seed
 
 MAIN_SLOT = "rl"
@@ -52,13 +52,11 @@ class PolicyLearner:
         self.device, self.module, self.trained = backend.device, backend.module, backend.trained
         self.has_adapter = hasattr(self.module, "disable_adapter")
         self.slots: dict[str, Slot] = {MAIN_SLOT: backend.slot(total_updates)}
-        self.roles: dict[str, Role] = {}
-        self.names: dict[str, str] = {}
-        """Other names of roles."""
+        self.roles = Roles()
         self.reference: Kept | None = None
         for name, spec in (roles or {}).items():
             if isinstance(spec, str):
-                self.names[name] = spec
+                self.roles.names[name] = spec
             else:
                 self.add_role(name, spec.build(backend, config, total_updates))
         if reference and not backend.fresh_adapter:
@@ -86,14 +84,14 @@ class PolicyLearner:
             ValueError: Nothing here provides one of the needs.
         """
         needs = set(needs)
-        named = {f"role:{name}" for name in (*self.roles, *self.names)}
+        named = {f"role:{name}" for name in (*self.roles, *self.roles.names)}
         known = POLICY_NEEDS | {p for r in self.roles.values() for p in r.provides} | named
         if needs - known:
             raise ValueError(f"nothing provides {sorted(needs - known)}; this learner provides {sorted(known)}")
         moved, budget, fields = batch.to(self.device), self.config.micro_batch_tokens, dict[str, Tensor]()
         share = self.backend.share
         with torch.no_grad(), evaluating(*self._modules()), self.backend.computing():
-            own = needs & {"old_logp", "entropy"} | (needs & {"values"} if self._head else set())
+            own = needs & {"old_logp", "entropy"} | (needs & {"values"} if self.roles.head else set())
             if own:
                 scored = share.compute(moved, budget, lambda micro: self._annotate_policy(micro, own))
                 fields |= {name: scored[name] for name in scored.keys() & {f"{need}_BT" for need in own}}
@@ -103,7 +101,7 @@ class PolicyLearner:
                         moved, budget, lambda micro: {"ref_logp_BT": self.backend.forward(micro)[0]}
                     )
             for role in self.roles.values():
-                if needs & set(role.provides) and role is not self._head:
+                if needs & set(role.provides) and role is not self.roles.head:
                     fields |= share.compute(moved, budget, role.annotate)
         fields = self.backend.assembled(fields)
         return replace(batch, **{name: value.to(batch.ids_BT.device) for name, value in fields.items()})
@@ -112,14 +110,9 @@ class PolicyLearner:
         entropy: Entropy = "value" if "entropy" in needs else "none"
         logp_BT, entropy_BT, *output = self.backend.forward(micro, entropy, "values" in needs)
         found = {"old_logp_BT": logp_BT} | ({} if entropy_BT is None else {"entropy_BT": entropy_BT})
-        if output and self._head is not None:
-            found |= self._head.read(output[0], micro)
+        if output and self.roles.head is not None:
+            found |= self.roles.head.read(output[0], micro)
         return found
-
-    @property
-    def _head(self) -> HeadRole | None:
-        """A critic on the policy's own hidden states, if there is one."""
-        return next((role for role in self.roles.values() if isinstance(role, HeadRole)), None)
 
     def _modules(self) -> list[nn.Module]:
         return [self.module, *(role.backend.module for role in self.roles.values())]
@@ -168,27 +161,23 @@ class PolicyLearner:
         Raises:
             ValueError: The name is taken, or the role is to be trained and has no slot.
         """
-        if name in self.roles:
-            raise ValueError(f"there is a role {name!r} already")
-        if isinstance(role, TrainedRole) and role.slot is None:
-            raise ValueError(f"role {name!r} has a loss but no slot to train with")
-        self.roles[name] = role
+        self.roles.add(name, role)
 
     @property
     def of_prompts(self) -> tuple[str, ...]:
         """Roles that say something of prompts, by each of their names."""
-        return of_prompts(self.roles, self.names)
+        return self.roles.of_prompts
 
     def updates_of(self, name: str) -> int:
         """How many updates a role has had."""
-        role = self._named(name)
-        slot = self.slots[MAIN_SLOT] if role is self._head else role.slot
+        role = self.roles.named(name)
+        slot = self.slots[MAIN_SLOT] if role is self.roles.head else role.slot
         return 0 if slot is None else slot.counts.updates
 
     def predict(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
         """``[len(prompts)]`` float32: the value that a role gives to the state at the end of each prompt's tokens."""
         batch, last_B = prompt_batch(prompts), torch.tensor([len(ids) - 1 for ids in prompts])
-        role, budget = self._named(name), self.config.micro_batch_tokens
+        role, budget = self.roles.named(name), self.config.micro_batch_tokens
         with torch.no_grad(), evaluating(*self._modules()), role.backend.computing():
             fields = self.backend.share.compute(batch.to(self.device), budget, role.annotate)
         return self.backend.assembled(fields)["values_BT"].to("cpu")[torch.arange(len(prompts)), last_B]
@@ -198,15 +187,12 @@ class PolicyLearner:
 
         A role that is trained on batches is not trained here as well, and has no metrics.
         """
-        role = self._named(name)
+        role = self.roles.named(name)
         if not role.of_prompts:
             return {}
         assert isinstance(role, TrainedRole) and role.slot is not None
         with self._training(name, role.slot):
             return self._fit(role, role.loss, prompt_batch(prompts, targets).to(self.device), role.slot, role.backend)
-
-    def _named(self, name: str) -> Role:
-        return self.roles[self.names.get(name, name)]
 
     def update(self, batch: Batch, objective: PolicyObjective | None, slot: str = MAIN_SLOT) -> dict[str, float]:
         """Trains the policy on ``batch`` and, in the slot ``"rl"``, the trained roles after it.
@@ -229,7 +215,7 @@ class PolicyLearner:
         batch, own, metrics = batch.to(self.device), self.slot(slot), dict[str, float]()
         with self._training(slot, own):
             if objective is not None:
-                policy = PolicyGoal(self.backend, objective, self._head if slot == MAIN_SLOT else None)
+                policy = PolicyGoal(self.backend, objective, self.roles.head if slot == MAIN_SLOT else None)
                 metrics |= {"tokens": 0.0} | self._fit(policy, policy.loss, batch, own, self.backend)
             for name, role in self.roles.items() if slot == MAIN_SLOT else ():
                 if isinstance(role, TrainedRole) and role.slot is not None and not role.of_prompts:
@@ -323,7 +309,7 @@ class PolicyLearner:
         record["slots"] = {name: slot.save(folder / f"slot-{name}") for name, slot in self.slots.items()}
         record["roles"] = {}
         for name, role in self.roles.items():
-            role.backend.write(folder / f"role-{name}.safetensors", head=role is self._head)
+            role.backend.write(folder / f"role-{name}.safetensors", head=role is self.roles.head)
             record["roles"][name] = None if role.slot is None else role.slot.save(folder / f"role-{name}-slot")
         if self.backend.share.rank == 0:
             (folder / "learner.json").write_text(json.dumps(record, indent=1))
@@ -345,7 +331,7 @@ class PolicyLearner:
         for name, counts in record["slots"].items():
             self.slot(name).restore(folder / f"slot-{name}", counts)
         for name, role in self.roles.items():
-            role.backend.read(folder / f"role-{name}.safetensors", head=role is self._head)
+            role.backend.read(folder / f"role-{name}.safetensors", head=role is self.roles.head)
             if role.slot is not None:
                 role.slot.restore(folder / f"role-{name}-slot", record["roles"][name])
 

@@ -11,7 +11,7 @@ from alignment.algorithms.value_losses import ValueObjective
 from alignment.algorithms.values import state_mask
 from alignment.engines.backend import Backend
 from alignment.engines.optimizer import Slot
-from alignment.engines.roles import Role
+from alignment.engines.roles import Role, TrainedRole
 from alignment.engines.value_model import ValueHead, ValueModel, ValueShape, is_value_model, load_value_model
 from alignment.errors import UserError
 from alignment.origin import Origin
@@ -164,9 +164,38 @@ def shared_head(roles: Mapping[str, Any] | None, config: Any) -> ValueHead | Non
     return None if spec is None else spec.head(config)
 
 
-def of_prompts(roles: Mapping[str, Role], names: Mapping[str, str]) -> tuple[str, ...]:
-    """Names under which roles may be asked about prompts: their own, or others that a recipe gave them."""
-    return (*(name for name, role in roles.items() if role.of_prompts), *names)
+class Roles(dict[str, Role]):
+    """The roles of a learner by name, and other names that a recipe gave some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, str] = {}
+
+    def add(self, name: str, role: Role) -> None:
+        """Adds a role.
+
+        Raises:
+            ValueError: The name is taken, or the role is to be trained and has no slot.
+        """
+        if name in self:
+            raise ValueError(f"there is a role {name!r} already")
+        if isinstance(role, TrainedRole) and role.slot is None:
+            raise ValueError(f"role {name!r} has a loss but no slot to train with")
+        self[name] = role
+
+    def named(self, name: str) -> Role:
+        """The role of that name, its own or another one."""
+        return self[self.names.get(name, name)]
+
+    @property
+    def head(self) -> HeadRole | None:
+        """A critic on the policy's own hidden states, if there is one."""
+        return next((role for role in self.values() if isinstance(role, HeadRole)), None)
+
+    @property
+    def of_prompts(self) -> tuple[str, ...]:
+        """Names under which roles may be asked about prompts."""
+        return (*(name for name, role in self.items() if role.of_prompts), *self.names)
 
 
 def prompt_batch(prompts: Sequence[Sequence[int]], targets: Tensor | None = None) -> Batch:

@@ -45,6 +45,7 @@ def _make_batch(
         "scored_B": scored_B,
         "truncated_B": torch.zeros(rows, dtype=torch.bool),
         "key_B": torch.arange(rows),
+        "values_BT": torch.zeros(mask_BT.shape),
         "reward_B": rewards_BK[:, 0] if rewards_BK.shape[1] == 1 else None,
     }
     return Batch(**(fields | more))

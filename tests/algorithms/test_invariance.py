@@ -54,7 +54,7 @@ def random_batch(make_batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
 def padded(batch: Batch, extra: int) -> Batch:
     """``batch`` with ``extra`` columns of padding that hold NaN."""
     changes = {}
-    for name in ("ids", "loss_mask", "behaviour_logp", "old_logp", "ref_logp", "adv", "weight"):
+    for name in ("ids", "loss_mask", "behaviour_logp", "old_logp", "ref_logp", "adv", "weight", "values"):
         value = getattr(batch, f"{name}_BT")
         junk = float("nan") if value.is_floating_point() else 0
         changes[f"{name}_BT"] = torch.cat([value, torch.full((len(batch), extra), junk, dtype=value.dtype)], 1)

@@ -287,3 +287,19 @@ def test_corrections_leave_demonstrations_alone(make_batch):
     logp_BT = torch.full((2, 2), -1.0, requires_grad=True)
     (gradient_BT,) = torch.autograd.grad(objective.loss(logp_BT, None, objective.prepare(batch))[0], logp_BT)
     close(gradient_BT[:, 1], [-1.5, -0.5])
+
+
+def test_correct_rollouts_add_their_negative_log_likelihood_by_its_own_mean(make_batch):
+    """VAPO: 0.1 times the mean over the tokens of correct rollouts; demonstrations and wrong ones add nothing."""
+    batch = make_batch(
+        [[1.0], [0.0], [1.0], [1.0]], [1, 3, 2, 2], sources=["policy"] * 3 + ["demonstration"], adv_BT=torch.zeros(4, 4)
+    )
+    objective = Objective.of(Algorithm(positive_nll=0.1, correction=None), {})
+    prepared = objective.prepare(batch)
+    logp_BT = (-torch.arange(16.0).reshape(4, 4)).requires_grad_()
+    loss, _ = objective.loss(logp_BT, None, prepared)
+    assert float(loss) == pytest.approx(0.1 * (1 + 9 + 10) / 3)
+    (gradient,) = torch.autograd.grad(loss, logp_BT)
+    assert gradient[0, 1].item() == pytest.approx(-0.1 / 3) and not gradient[[1, 3]].any()
+    parts = [objective.loss(logp_BT[rows, :w], None, prepared.rows(rows))[0] for rows, w in (([1, 2], 4), ([0, 3], 3))]
+    assert float(sum(parts)) == pytest.approx(float(loss))
