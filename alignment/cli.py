@@ -236,8 +236,12 @@ def eval_(
     workers: Annotated[int, typer.Option(min=1, help="Processes that score.")] = 1,
     dtype: Annotated[Text, typer.Option(metavar="float32|bfloat16", help="Of the weights.")] = None,
     settings: Annotated[
-        Several, typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Change a benchmark's option; repeatable.")
+        Several,
+        typer.Option(
+            "--set", metavar="NAME.OPTION=VALUE", help="An option of a benchmark or the decoding; repeatable."
+        ),
     ] = None,
+    decoding: Annotated[Text, typer.Option(metavar="NAME", help="How tokens are chosen; its options: --set.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two --output folders.")
     ] = None,
@@ -246,7 +250,8 @@ def eval_(
 ) -> None:
     """Measure a checkpoint on benchmarks, or go on where its evaluation stopped; or compare two evaluations.
 
-    Benchmarks: align list benchmarks. Procedural tasks: align list tasks. Ctrl-C keeps every finished problem.
+    Benchmarks: align list benchmarks. Procedural tasks: align list tasks. Decodings: align list decodings. Ctrl-C
+    keeps every finished problem.
     """
     from alignment.evaluation import command as evaluation
 
@@ -256,7 +261,7 @@ def eval_(
     selection = evaluation.selection(chat, limit, max_prompt_tokens)
     options = evaluation.options(checkpoint, tasks, data or [], samples, temperature, max_tokens, selection, dtype)
     options = replace(options, seed=seed, output=output, batch_rows=batch_rows, workers=workers, plugins=plugins or [])
-    options = replace(options, settings=evaluation.settings(settings or []))
+    options = evaluation.decoded(replace(options, settings=evaluation.settings(settings or [])), decoding)
     raise typer.Exit(evaluation.evaluate(options, as_json))
 
 

@@ -45,10 +45,10 @@ class SteeringPlan:
         if decoding is None or isinstance(decoding, Plain):
             return None
         assert isinstance(decoding, ValueAugmented | Emulated), "others go around a sampler, see `decoded`"
-        folders = _located(decoding)
+        folders = locate_models(decoding)
         for folder in folders:
             check_vocabulary(site.model, folder)
-        longest = min((n for n in map(_positions, folders) if n is not None), default=None)
+        longest = min((n for n in map(positions_of, folders) if n is not None), default=None)
         about: dict[str, Any] = {"longest": longest, "dtype": decoding.dtype, "models": len(decoding.tilt)}
         paths = tuple(map(str, folders))
         if isinstance(decoding, Emulated):
@@ -115,14 +115,19 @@ def check_vocabulary(model: Model, folder: Path) -> None:
     )
 
 
-def _located(decoding: Decoding) -> list[Path]:
-    if isinstance(decoding, ValueAugmented):
+def locate_models(decoding: Decoding) -> list[Path]:
+    """The folders of a decoding's models, in the order of its addresses.
+
+    Raises:
+        UserError: One of them is missing, or is none of the kind.
+    """
+    if not isinstance(decoding, Emulated):
         return [locate_value_model(address) for address in decoding.addresses]
     folders = [Path(address).expanduser() for address in decoding.addresses]
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise UserError(f"decoding: {folder} is no model folder: it has no config.json")
-    return folders
+    return [folder.resolve() for folder in folders]
 
 
 def _check_shape(folder: Path, top_k: int) -> None:
@@ -135,7 +140,8 @@ def _check_shape(folder: Path, top_k: int) -> None:
         raise UserError(f"decoding.top_k is 0, all tokens, which needs a vocabulary-wide head; {folder} has none")
 
 
-def _positions(folder: Path) -> int | None:
+def positions_of(folder: Path) -> int | None:
+    """Tokens of the longest row that a saved model can take; None where it does not say."""
     from transformers import AutoConfig
 
     return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)

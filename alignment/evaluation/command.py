@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from alignment.console import show_warnings
 from alignment.errors import UserError
 from alignment.evaluation.compare import compare_folders
 from alignment.evaluation.data import ChatMode, Selection
+from alignment.evaluation.decoding import choose_decoding
 from alignment.evaluation.model import Dtype
 from alignment.evaluation.run import Options, evaluate_checkpoint
 from alignment.evaluation.view import Progress, comparison_table, notes, results_table, show
@@ -59,7 +61,7 @@ def options(
 
 
 def settings(texts: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """What ``--set NAME.OPTION=VALUE`` says, by benchmark; values are YAML, later ones win.
+    """What ``--set NAME.OPTION=VALUE`` says, by benchmark, or ``decoding``; values are YAML, later ones win.
 
     Raises:
         UserError: One has another form, or its value is not YAML.
@@ -75,6 +77,24 @@ def settings(texts: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     if problems:
         raise RecipeError(problems)
     return plain(root)
+
+
+def decoded(options: Options, given: str | None) -> Options:
+    """``options`` with the decoding that ``--decoding`` names, and its options taken out of the benchmarks'.
+
+    Args:
+        options: What ``--set`` said is in them.
+        given: A name, or a mapping as YAML.
+
+    Raises:
+        UserError: It is no decoding, or an option of it is wrong.
+    """
+    settings = dict(options.settings)
+    own = settings.pop("decoding", {})
+    value: Any = None if given is None else plain(parse_override(f"decoding={given}", []))["decoding"]
+    if given is not None and not isinstance(value, str | Mapping):
+        raise UserError(f"--decoding {given}: give a name, or a mapping such as {{name: value_augmented, models: DIR}}")
+    return replace(options, settings=settings, decoding=choose_decoding(value, own))
 
 
 def evaluate(options: Options, as_json: bool) -> int:
@@ -111,9 +131,9 @@ def compare(folders: tuple[Path, Path], as_json: bool, given: str | None) -> Non
         return
     console = Console(highlight=False)
     for side in "ab":
-        console.print(
-            f"{side.upper()}: {found[side]['checkpoint']} in {found[side]['folder']}", markup=False, soft_wrap=True
-        )
+        decoding = "" if found[side]["decoding"] == "plain" else f", decoded by {found[side]['decoding']},"
+        told = f"{side.upper()}: {found[side]['checkpoint']}{decoding} in {found[side]['folder']}"
+        console.print(told, markup=False, soft_wrap=True)
     show(comparison_table(found), found["notes"], console)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
+from alignment.evaluation.decoding import decoding_identity, shown_decoding
 from alignment.evaluation.results import accuracies
 from alignment.evaluation.statistics import compare
 from alignment.evaluation.store import CONFIG, RESULTS, read_json, read_records
@@ -19,7 +20,7 @@ def compare_folders(a: Path, b: Path) -> dict[str, Any]:
     """Compares the evaluation in ``b`` with the one in ``a``, on the problems that both have.
 
     Returns:
-        ``a`` and ``b``: folder and checkpoint of each. ``tasks``: for each that both completed, the fields of
+        ``a`` and ``b``: folder, checkpoint and decoding of each. ``tasks``: for each that both completed, the fields of
         :class:`alignment.evaluation.statistics.Paired` and ``only_a``, ``only_b``, how many problems only one of them
         has a verdict on, which are left out. ``notes``: what else differs.
 
@@ -41,6 +42,9 @@ def compare_folders(a: Path, b: Path) -> dict[str, Any]:
     dtypes = [config["checkpoint"].get("dtype") for config in configs]
     if dtypes[0] != dtypes[1]:
         notes.append(f"the checkpoints were loaded in different numbers: {dtypes[0]} in A, {dtypes[1]} in B (--dtype)")
+    told = [shown_decoding(config.get("decoding")) for config in configs]
+    if decoding_identity(configs[0].get("decoding")) != decoding_identity(configs[1].get("decoding")):
+        notes.append(f"they were decoded differently: {told[0]} in A, {told[1]} in B")
     tasks: dict[str, Any] = {}
     for name in names:
         first, second = (config["tasks"][name] for config in configs)
@@ -51,8 +55,8 @@ def compare_folders(a: Path, b: Path) -> dict[str, Any]:
         if left_out:
             notes.append(f"{name}: {left_out} problems have a verdict in one evaluation only and are left out")
     sides = {
-        side: {"folder": str(folder), "checkpoint": config["checkpoint"]["address"]}
-        for side, folder, config in zip("ab", (a, b), configs, strict=True)
+        side: {"folder": str(folder), "checkpoint": config["checkpoint"]["address"], "decoding": decoding}
+        for side, folder, config, decoding in zip("ab", (a, b), configs, told, strict=True)
     }
     return {**sides, "tasks": tasks, "notes": notes}
 

@@ -5,21 +5,24 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from alignment.algorithms.decodings import Decoding, decodings
 from alignment.durable import digest
 from alignment.engines.config import Site, TransformersSamplerConfig
+from alignment.engines.reranking import build_sampler
 from alignment.environments import SingleTurn
 from alignment.errors import UserError
 from alignment.evaluation.benchmarks import Chosen, choose
 from alignment.evaluation.data import Prepared, Selection, prepare
+from alignment.evaluation.decoding import describe_decoding, longest_row
 from alignment.evaluation.model import Dtype, dtype_of, fingerprint, open_checkpoint
 from alignment.evaluation.results import Record, record, summarise
 from alignment.evaluation.store import Store, open_store
 from alignment.evaluation.view import Progress
-from alignment.models import stop_ids
+from alignment.models import Model, stop_ids
 from alignment.rollouts import Player, play
 from alignment.scoring import Scorer, ScoringFailed
 from alignment.signals import GracefulStop, Stopped
@@ -45,7 +48,7 @@ class Options:
     selection: Selection = Selection()
     seed: int = 0
     output: Path | None = None
-    """Folder; None is ``evaluations/`` and the checkpoint's name."""
+    """Folder; None is ``evaluations/`` and the names of the checkpoint and of a decoding."""
     batch_rows: int = 32
     """Completions that are sampled together."""
     workers: int = 1
@@ -55,12 +58,15 @@ class Options:
     """Modules that register benchmarks, tasks or rewards."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of benchmarks, by name of the benchmark."""
+    decoding: Decoding | None = None
+    """None: the policy's own distribution."""
 
     @property
     def folder(self) -> Path:
         """Where the evaluation is written."""
         name = re.sub(r"[^A-Za-z0-9._@-]", "_", Path(self.checkpoint).expanduser().resolve().name)
-        return self.output or Path("evaluations") / name
+        decoded = "" if self.decoding is None else f"-{decodings.name_of(self.decoding)}"
+        return self.output or Path("evaluations") / f"{name}{decoded}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Work:
 
     player: Player
     stop_ids: tuple[int, ...]
+    tilt: tuple[float, ...]
     seed: int
     batch_rows: int
     store: Store
@@ -96,27 +103,33 @@ def evaluate_checkpoint(options: Options, progress: Progress) -> dict[str, Any]:
     with GracefulStop() as stop, ExitStack() as stack:
         scorers = _scorers(chosen, options, stack)
         model = open_checkpoint(options.checkpoint, options.dtype)
-        sampler = TransformersSamplerConfig(batch_rows=options.batch_rows).build(Site(model), None)
+        config = TransformersSamplerConfig(batch_rows=options.batch_rows)
+        sampler = build_sampler(config, Site(model, decoding=options.decoding), None)
+        positions = longest_row(model, options.decoding)
         prepared = [
-            prepare(one, dataset, scorers[one.name], model.tokenizer, sampler.max_positions, options.selection)
+            prepare(one, dataset, scorers[one.name], model.tokenizer, positions, options.selection)
             for one, dataset in loaded
         ]
-        config = {
-            "checkpoint": {
-                "address": options.checkpoint,
-                "fingerprint": fingerprint(model),
-                "dtype": dtype_of(model),
-            },
-            "seed": options.seed,
-            "tasks": {p.chosen.name: p.config() for p in prepared},
-        }
+        config = _config(options, model, prepared)
         store = stack.enter_context(open_store(options.folder, config))
         stack.enter_context(progress)
         check = _checking(stop, progress)
         player = Player(sampler, model.tokenizer, SingleTurn(), max(p.longest for p in prepared), check)
         ids = stop_ids(model.tokenizer, model.module)
-        work = Work(player, ids, options.seed, options.batch_rows, store, progress)
+        tilt = () if options.decoding is None else options.decoding.tilt
+        work = Work(player, ids, tilt, options.seed, options.batch_rows, store, progress)
         return {**_run(work, prepared, scorers, stop), "folder": str(options.folder)}
+
+
+def _config(options: Options, model: Model, prepared: Sequence[Prepared]) -> dict[str, Any]:
+    checkpoint = {"address": options.checkpoint, "fingerprint": fingerprint(model), "dtype": dtype_of(model)}
+    decoding = describe_decoding(options.decoding)
+    return {
+        "checkpoint": checkpoint,
+        **({} if decoding is None else {"decoding": decoding}),
+        "seed": options.seed,
+        "tasks": {p.chosen.name: p.config() for p in prepared},
+    }
 
 
 def _run(work: Work, prepared: Sequence[Prepared], scorers: Mapping[str, Scorer], stop: GracefulStop) -> dict[str, Any]:
@@ -143,7 +156,7 @@ def _measure(
 ) -> list[Record]:
     """All records of a benchmark: those that are done and the rest, which is sampled and scored chunk by chunk."""
     chosen, records = prepared.chosen, list(done)
-    params = chosen.sampling.params(work.stop_ids)
+    params = replace(chosen.sampling.params(work.stop_ids), tilt=work.tilt)
     if len(records) < len(prepared.prompts):
         work.progress.begin(chosen.name)
     for start in range(len(records), len(prepared.prompts), chunk):

@@ -2,7 +2,7 @@
 
 ::
 
-    config.json               the checkpoint's fingerprint, the seed, and each task as it was run
+    config.json               the checkpoint's fingerprint, the decoding, the seed, and each task as it was run
     TASK/samples.jsonl        one line per problem, in the task's order; grows by whole chunks
     results.json              the config, and the scores of the tasks that are complete
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 from alignment.durable import replace_file, sync
 from alignment.errors import UserError
+from alignment.evaluation.decoding import decoding_identity
 from alignment.evaluation.results import Record
 from alignment.jsonl import to_json
 from alignment.recipe_values import differences
@@ -176,6 +177,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "checkpoint": checkpoint["fingerprint"],
         "dtype": checkpoint.get("dtype"),
+        "decoding": decoding_identity(config.get("decoding")),
         "seed": config["seed"],
         "tasks": tasks,
     }
