@@ -141,6 +141,7 @@ _LLAMA3_1 = {
     "8B": Shape(128256, 4096, 32, 32, 8, 128, 14336, tied=False),
     "70B": Shape(128256, 8192, 80, 64, 8, 128, 28672, tied=False),
 }
+_TULU3 = {"8B": replace(_LLAMA3_1["8B"], vocabulary=128264)}  # eight tokens more; from memory
 _R1_DISTILL = {
     "1.5B": replace(_QWEN2_5["1.5B"], tied=False),
     "7B": _QWEN2_5["7B"],
@@ -154,6 +155,7 @@ KNOWN: Mapping[str, Shape] = {
     **_family("Qwen/Qwen3-{}", _QWEN3, ("", 40960)),
     **_family("Qwen/Qwen3-{}-Base", _QWEN3, ("", 32768), only="0.6B 1.7B 4B 8B 14B"),
     **_family("meta-llama/Llama-3.1-{}", _LLAMA3_1, ("", 131072), ("-Instruct", 131072)),
+    **_family("allenai/Llama-3.1-Tulu-3-{}", _TULU3, ("", 131072), ("-DPO", 131072), ("-SFT", 131072)),
     **_family("deepseek-ai/DeepSeek-R1-Distill-Qwen-{}", _R1_DISTILL, ("", 131072)),
 }
 """Shapes by hub id, as their ``config.json`` gives them; a test compares their parameters with the published totals.

@@ -192,14 +192,25 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A folder that is empty or does not exist yet.")],
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the LoRA adapter.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="Whole weights, with the adapter added to them.")] = False,
+    role: Annotated[
+        str | None, typer.Option(metavar="critic|prompt_value", help="The value model of the run, not its policy.")
+    ] = None,
 ) -> None:
-    """Write a checkpoint as an ordinary Hugging Face folder."""
-    if adapter and merged:
-        raise UserError("--adapter and --merged exclude each other; give one, or neither to let the model decide")
-    from alignment.export import export as export_run
+    """Write a checkpoint's policy as an ordinary Hugging Face folder, or its value model (--role critic).
 
-    form = "adapter" if adapter else "merged" if merged else "auto"
-    Console(highlight=False, soft_wrap=True).print(f"wrote {export_run(run, folder, form)}", markup=False)
+    Value models are for `align eval --decoding value_augmented`, and for another stage's critic (start: FOLDER).
+    """
+    if adapter + merged + (role is not None) > 1:
+        raise UserError("--adapter, --merged and --role exclude each other; give one, or none to let the model decide")
+    if role is not None:
+        from alignment.export_values import export_value_model
+
+        written = export_value_model(run, folder, role)
+    else:
+        from alignment.export import export as export_run
+
+        written = export_run(run, folder, "adapter" if adapter else "merged" if merged else "auto")
+    Console(highlight=False, soft_wrap=True).print(f"wrote {written}", markup=False)
 
 
 @command("align replay runs/quickstart --step 300 --set stages.1.algorithm.advantage=rloo")

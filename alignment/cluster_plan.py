@@ -18,6 +18,7 @@ from alignment.model_size import (
     GIB,
     Training,
     cache_bytes_per_token,
+    critic_bytes,
     engine_bytes,
     host_bytes,
     resting_bytes,
@@ -125,9 +126,11 @@ def holdings(stage: Any, load: Load, hardware: Hardware) -> tuple[list[Holding],
     training = Training.of(stage.learner, load.model)
     rows = -(-load.minibatch_rows // training.ranks)
     parts = training_bytes(load.shape, load.model, training, load.row_tokens, rows, stage.needs_reference)
-    update = {"context": CONTEXT, **parts}
+    critics = critic_bytes(load.shape, load.model, stage)
+    always = {"context": CONTEXT, **({"critics": critics} if critics else {})}
+    update = {**always, **parts}
     rest = {
-        "context": CONTEXT,
+        **always,
         "learner at rest": resting_bytes(load.shape, load.model, training, stage.needs_reference),
     }
     usable = int(USABLE * hardware.memory)

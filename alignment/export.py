@@ -41,11 +41,9 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
     """
     found, which = resolve(run, output)
     source = Run(found)
-    config, seed = _model_of(source)
+    config, seed = model_of(source)
     form = _form(form, config)
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is not an empty folder; choose another one, nothing is overwritten")
+    target = empty_target(folder)
     saved = Checkpoints(source.checkpoints).load(which, log.warning)
 
     model = load_model(config, seed)
@@ -73,7 +71,7 @@ def load_run(run: str, output: str | Path = "runs", dtype: Literal["float32", "b
         CheckpointDamaged: The checkpoint is not what was written.
     """
     found, which = resolve(run, output)
-    config, seed = _model_of(Run(found))
+    config, seed = model_of(Run(found))
     saved = Checkpoints(Run(found).checkpoints).load(which, log.warning)
     model = load_model(config, seed)
     copy_policy(saved.folder, model.module)
@@ -94,7 +92,19 @@ def load_policy(model: Model, run: str, output: str | Path = "runs") -> None:
     copy_policy(Checkpoints(Run(source).checkpoints).load(which, log.warning).folder, model.module)
 
 
-def _model_of(run: Run) -> tuple[ModelConfig, int]:
+def empty_target(folder: str | Path) -> Path:
+    """A folder to write to.
+
+    Raises:
+        UserError: It has something in it.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is not an empty folder; choose another one, nothing is overwritten")
+    return target
+
+
+def model_of(run: Run) -> tuple[ModelConfig, int]:
     """The model of a run's recipe, and the seed that its fresh weights were drawn with."""
     recipe = run.read_recipe()
     try:

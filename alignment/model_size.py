@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from alignment.architectures import Shape
+from alignment.critics import ModelCritic
 from alignment.recipe_sections import ModelConfig
 
 GIB = 2**30
@@ -227,14 +228,32 @@ def engine_bytes(shape: Shape, dtype: str, tensor_parallel: int, budget: int) ->
     return {"weights": weights, "work": ENGINE_WORK, "cache": budget - weights - ENGINE_WORK}
 
 
+def critic_bytes(shape: Shape, model: ModelConfig, stage: Any) -> int:
+    """What one rank keeps of value models of their own between updates (:func:`resting_bytes`), in bytes.
+
+    Their own update comes after the policy's and takes no more than that, if they are no larger. A model whose
+    ``config.json`` is not at hand counts as large as the policy.
+    """
+    total = 0
+    for critic in (getattr(stage, "values", None), getattr(stage, "prompt_value", None)):
+        if isinstance(critic, ModelCritic):
+            own = critic.model or model
+            found = Shape.of(own) if critic.model is not None else shape
+            total += resting_bytes(found or shape, own, Training.of(stage.learner, own), reference=False)
+    return total
+
+
 def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_tokens: int) -> dict[str, int]:
-    """What a step keeps at its peak in each process that learns, in bytes: :func:`training_bytes` and, where the model
-    that is trained samples as well, the ``cache`` of the rows that are sampled together.
+    """What a step keeps at its peak in each process that learns, in bytes: :func:`training_bytes`, value models of
+    their own as ``critics`` and, where the model that is trained samples as well, the ``cache`` of the rows that are
+    sampled together.
 
     The allocator, the framework itself and temporary buffers are not counted.
     """
     training = Training.of(stage.learner, model)
     found = training_bytes(shape, model, training, row_tokens, -(-rows // training.ranks), stage.needs_reference)
+    if critics := critic_bytes(shape, model, stage):
+        found["critics"] = critics
     if stage.stage != "sft" and not hasattr(stage.sampler, "tensor_parallel"):
         cached = min(rows, getattr(stage.sampler, "batch_rows", rows))
         found["cache"] = cached * row_tokens * cache_bytes_per_token(shape, model.dtype)

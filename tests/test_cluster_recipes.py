@@ -24,6 +24,7 @@ HARDWARE = {
     "simplerl_zoo_7b": Hardware(2, 8, 80),
     "dapo_32b": Hardware(4, 8, 80),
     "tina_1.5b_lora": Hardware(1, 1, 48),
+    "tulu3_rlvr_8b": Hardware(1, 8, 80),
 }
 HEADER = re.compile(r"^# (trained|one step run|checked): .*\b20\d\d-\d\d-\d\d\b", re.M)
 each_recipe = pytest.mark.parametrize("name", HARDWARE)
@@ -128,6 +129,7 @@ def shrunk(name: str, folder: Path) -> Recipe:
                 "steps": 1,
                 "prompts_per_step": stage.algorithm.minibatches,
                 "group_size": 4,
+                **({"critic": whole["stages"][0]["critic"] | {"pretraining_steps": 0}} if stage.critic else {}),
                 "max_staleness": 0,
                 "sampling": {**whole["stages"][0]["sampling"], "max_tokens": 6},
                 "learner": {"name": "torch", **learner, "warmup_steps": 0},

@@ -6,13 +6,13 @@ A scalarising weighting has ``scalarise(state, batch) -> reward_B``. One with ``
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from alignment.errors import UserError
-from alignment.registry import Registry
+from alignment.registry import Registry, option
 from alignment.types import Batch
 
 
@@ -57,12 +57,23 @@ def weighted_sum(batch: Batch) -> Tensor:
 @weightings.register("fixed", source="this project", evidence="end to end")
 @dataclass(frozen=True)
 class Fixed:
-    """Sum of the components that apply, by the recipe's weights: ``sum_k w_k r_k``."""
+    """Sum of the components that apply, by the recipe's weights: ``sum_k w_k r_k``.
+
+    ``truncated`` takes the place of the sum for completions that the length limit ended: Tulu 3 (arXiv 2411.15124)
+    gives them -10, whatever their verifier says.
+    """
 
     streams: ClassVar[bool] = False
 
+    truncated: Annotated[
+        float | None, option("reward of completions that the length limit ended; null: as the others")
+    ] = None
+
     def scalarise(self, state: Any, batch: Batch) -> Tensor:
-        return weighted_sum(batch)
+        reward_B = weighted_sum(batch)
+        if self.truncated is None:
+            return reward_B
+        return torch.where(batch.truncated_B & ~reward_B.isnan(), self.truncated, reward_B)
 
 
 @weightings.register("normalised", source="this project", evidence="end to end")

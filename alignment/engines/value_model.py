@@ -150,7 +150,9 @@ def read_shape(folder: Path) -> ValueShape:
         about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         return ValueShape(value_losses.build(about["loss"]), about["kind"], about["streams"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is no value model ({DESCRIPTION}: {error}); `align export` writes one") from error
+        raise UserError(
+            f"{folder} is no value model ({DESCRIPTION}: {error}); `align export --role critic` writes one"
+        ) from error
 
 
 def load_value_model(folder: Path, dtype: torch.dtype = torch.float32) -> ValueModel:
@@ -192,7 +194,7 @@ def locate_value_model(address: str) -> Path:
     if is_value_model(folder):
         return folder.resolve()
     what = f"holds no {DESCRIPTION}" if folder.is_dir() else "does not exist"
-    raise UserError(f"value model {address}: the folder {what}; `align export` writes the value model of a run")
+    raise UserError(f"value model {address}: the folder {what}; `align export --role critic` writes that of a run")
 
 
 def open_value_model(address: str, dtype: torch.dtype = torch.float32) -> ValueModel:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignment.algorithms.value_losses import ValueObjective
 from alignment.algorithms.values import state_mask
@@ -123,19 +123,32 @@ class ValueRoleSpec:
         """The role, in the processes of ``backend``.
 
         Raises:
-            UserError: The saved value model puts out something else.
+            UserError: The saved value model puts out something else, or its vocabulary is too small.
         """
-        own = backend.beside(self._model(), replace(config, **(self.options or {})))
+        model, _ = self.make()
+        tokens = [module.config.get_text_config().vocab_size for module in (model, backend.module)]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        if tokens[0] < tokens[1]:
+            raise UserError(
+                f"the value model knows {tokens[0]} tokens and the policy {tokens[1]}: it is shown the policy's tokens,"
+                " so it needs the policy's vocabulary"
+            )
+        own = backend.beside(model, replace(config, **(self.options or {})))
         slot = own.slot(total_updates)
         return ValueRole(own, slot, self.shape, self.epochs, self.minibatches, self.of_prompts)
 
-    def _model(self) -> ValueModel:
+    def make(self) -> tuple[ValueModel, nn.Module | None]:
+        """The value model as it begins, and the language model that its body is of, unless it was saved as one.
+
+        Raises:
+            UserError: The saved value model puts out something else.
+        """
         if self.start is not None and is_value_model(self.start):
             model = load_value_model(self.start)
             if model.shape != self.shape:
                 raise UserError(f"{self.start} is a value model with {model.shape}; the recipe asks for {self.shape}")
-            return model
-        return ValueModel.of(self.origin.make().module, self.shape)
+            return model, None
+        language_model = self.origin.make().module
+        return ValueModel.of(language_model, self.shape), language_model
 
 
 @dataclass(frozen=True)

@@ -298,8 +298,8 @@ def test_correct_rollouts_add_their_negative_log_likelihood_by_its_own_mean(make
     prepared = objective.prepare(batch)
     logp_BT = (-torch.arange(16.0).reshape(4, 4)).requires_grad_()
     loss, _ = objective.loss(logp_BT, None, prepared)
-    assert float(loss) == pytest.approx(0.1 * (1 + 9 + 10) / 3)
+    assert loss.item() == pytest.approx(0.1 * (1 + 9 + 10) / 3)
     (gradient,) = torch.autograd.grad(loss, logp_BT)
     assert gradient[0, 1].item() == pytest.approx(-0.1 / 3) and not gradient[[1, 3]].any()
     parts = [objective.loss(logp_BT[rows, :w], None, prepared.rows(rows))[0] for rows, w in (([1, 2], 4), ([0, 3], 3))]
-    assert float(sum(parts)) == pytest.approx(float(loss))
+    assert sum(part.item() for part in parts) == pytest.approx(loss.item())
