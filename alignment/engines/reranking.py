@@ -115,6 +115,11 @@ class Reranker:
             UserError: One of them cannot be sampled or valued; then none was taken.
         """
         for request in requests:
+            if self.decoding.n > 1 and request.params.temperature == 0:
+                raise UserError(
+                    f"request {request.id!r}: {self.decoding.n} samples at temperature 0 are all the same; set a"
+                    " temperature above 0"
+                )
             length = len(request.prompt_ids) + request.params.max_tokens
             if self.longest is not None and length > self.longest:
                 raise UserError(

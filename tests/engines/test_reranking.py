@@ -126,6 +126,8 @@ def test_refusals(folder, tmp_path):
     short = value_folder(tmp_path / "short", body=tiny("Qwen3", 1, max_position_embeddings=8))
     with pytest.raises(UserError, match="15 tokens, prompt and completion, exceed the 8 positions"):
         built(BestOfN(str(short))).add(ASKED[:1])
+    with pytest.raises(UserError, match="8 samples at temperature 0 are all the same"):
+        built(BestOfN(folder)).add([replace(ASKED[0], params=replace(PARAMS, temperature=0.0))])
     with pytest.raises(UserError, match="2 values per state"):
         built(BestOfN(str(value_folder(tmp_path / "streams", streams=2))))
     with pytest.raises(UserError, match="steers with no models"):
