@@ -1,0 +1,117 @@
+"""What is counted and estimated: best-of-n without bias, operations per completion, gold at a KL, intervals."""
+
+from collections.abc import Sequence
+from math import comb, lgamma, log, pi, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alignment.algorithms.decodings import best_of_n_kl
+
+
+def best_of(reward_N: Sequence[float], rank_by_N: Sequence[float], n: int) -> float:
+    """Expected reward of the best by ``rank_by_N`` among ``n`` drawn without replacement from all N: no bias.
+
+    ``sum_i C(i - 1, n - 1) / C(N, n) reward_(i)`` over rewards in rising order of what they are ranked by.
+
+    Raises:
+        ValueError: Not ``1 <= n <= N``.
+    """
+    total = len(reward_N)
+    if not 1 <= n <= total:
+        raise ValueError(f"the best of {n} cannot be estimated from {total} completions; take 1 to {total}")
+    order = np.argsort(np.asarray(rank_by_N), kind="stable")
+    share = np.array([comb(i, n - 1) / comb(total, n) for i in range(total)])
+    return float(share @ np.asarray(reward_N, dtype=np.float64)[order])
+
+
+def operations_per_token(module: nn.Module) -> int:
+    """``2 * parameters`` of the linear layers, which a pass over one token costs; looking an embedding up is none.
+
+    An output layer counts, whether it shares the embedding's weights or not. Attention over earlier tokens, small
+    beside it for completions as short as these, is left out.
+    """
+    return 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def flop_plain(policy: int, prompt: int, length: int) -> int:
+    """Of one completion by the policy alone: the last token need not be fed. ``policy`` is per token."""
+    return policy * (prompt + length - 1)
+
+
+def flop_reranked(policy: int, value: int, prompt: int, length: int, n: int) -> int:
+    """Of the best of ``n``: the prompt once, ``n`` completions, and every token of them through the value model."""
+    return policy * (prompt + n * (length - 1)) + value * (prompt + n * length)
+
+
+def flop_steered(policy: int, value: int, prompt: int, length: int, top_k: int) -> int:
+    """Of value-augmented sampling: beside the policy, the value model reads each token and ``top_k`` candidates."""
+    return flop_plain(policy, prompt, length) + value * (prompt + length - 1 + top_k * length)
+
+
+def at_kl(points: Sequence[tuple[float, float]], kl: float) -> float:
+    """Gold that a family of policies attains within ``kl`` nats.
+
+    Between the two members next to ``kl`` it is interpolated: to use one or the other at random attains that. Where
+    all members stay below ``kl``, it is the gold of the farthest.
+
+    Args:
+        points: (nats, gold) of the members, the frozen policy at 0 among them.
+        kl: At least 0.
+    """
+    nats, gold = np.array(sorted(points), dtype=np.float64).T
+    return float(np.interp(kl, nats, gold))
+
+
+def sequence_kl(module: nn.Module, frozen: nn.Module, ids_NT: Tensor, prompt: int) -> float:
+    """Mean over sampled completions of the sum over positions of ``KL(module || frozen)``, over all tokens, in nats."""
+    total = 0.0
+    with torch.no_grad():
+        for rows in ids_NT.split(512):
+            logp, ref = (m(input_ids=rows).logits[:, prompt - 1 : -1].log_softmax(-1) for m in (module, frozen))
+            total += float((logp.exp() * (logp - ref)).sum(dtype=torch.float64))
+    return total / len(ids_NT)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of ``values``, one for each seed.
+
+    A seed has its own policy, reward, prompts and completions, so that all that is random varies between seeds. With
+    one seed nothing is known: the interval is everything.
+    """
+    n = len(values)
+    if n < 2:
+        return -float("inf"), float("inf")
+    half = _student(confidence, n - 1) * float(np.std(values, ddof=1)) / sqrt(n)
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def _student(confidence: float, degrees: int) -> float:
+    """The quantile ``t`` with ``P(|T| < t) = confidence``, by bisection over the integrated density."""
+    log_scale = lgamma((degrees + 1) / 2) - lgamma(degrees / 2) - 0.5 * log(degrees * pi)
+
+    def within(t: float) -> float:
+        x = np.linspace(0.0, t, 20_001)
+        density = np.exp(log_scale - (degrees + 1) / 2 * np.log1p(x * x / degrees))
+        return 2 * float(np.trapezoid(density, x))
+
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < confidence else (low, middle)
+    return low
+
+
+__all__ = [
+    "at_kl",
+    "best_of",
+    "best_of_n_kl",
+    "flop_plain",
+    "flop_reranked",
+    "flop_steered",
+    "interval",
+    "operations_per_token",
+    "sequence_kl",
+]

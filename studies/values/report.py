@@ -1,0 +1,191 @@
+"""The results as JSON, as text in Markdown, and as a plot."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from studies.values.measure import interval
+from studies.values.settings import Settings
+from studies.values.verdict import Claim, judge
+
+NAMES = {
+    "frozen": "frozen policy",
+    "oracle": "best of n by the gold reward (oracle)",
+    "rerank": "value re-ranking, best of n",
+    "vas": "value-augmented sampling, beta",
+    "vas_vocabulary": "the same with a vocabulary-wide head, beta",
+    "ppo": "PPO, KL coefficient",
+}
+HEADS = {"scalar": "scalar", "two_hot": "two-hot", "hl_gauss": "HL-Gauss"}
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def summarise(
+    claim: Claim, settings: Settings, rates: Mapping[str, float], rows: Mapping[int, Any], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that is kept: small, and enough for the tables and the plot."""
+    gates, outcomes = judge(claim, rows)
+    flat = [row for of_seed in rows.values() for row in of_seed]
+    return {
+        "study": "values",
+        "claim": claim.text,
+        "claim_sha256": claim.sha256,
+        "settings": settings.to_json(),
+        "learning_rates": dict(rates),
+        **about,
+        "regime": gates,
+        "outcomes": [outcome.to_json() for outcome in outcomes],
+        "papers": [dict(paper) for paper in claim.papers],
+        "arms": _arms(flat),
+        "heads": _heads(flat),
+    }
+
+
+def write_json(results: Mapping[str, Any], path: Path) -> None:
+    """The results as a file, one line for each arm or contrast."""
+    compact = {"arms", "heads", "outcomes", "papers", "regime"}
+    parts: list[str] = []
+    for name, value in results.items():
+        if name in compact:
+            lines = ",\n  ".join(json.dumps(row) for row in value)
+            parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
+        else:
+            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Verdicts, what the papers say, and the table."""
+    primary, *secondary = results["outcomes"]
+    lines = [f"**Primary: {primary['verdict']}.** {_sentence(primary)}", ""]
+    lines += ["| regime | at least | measured | |", "|---|---|---|---|"]
+    lines += [
+        f"| {g['text']} | {g['at_least']:g} | {g['measured']:.2f} | {'met' if g['met'] else 'not met'} |"
+        for g in results["regime"]
+    ]
+    lines += ["", "| secondary claim | least effect | measured, 95 % | verdict |", "|---|---|---|---|"]
+    lines += [f"| {o['text']} | {o['minimum_effect']:g} {o['unit']} | {_span(o)} | {o['verdict']} |" for o in secondary]
+    lines += ["", "| what the papers say | source |", "|---|---|"]
+    lines += [f"| {paper['says']} | {paper['source']} |" for paper in results["papers"]]
+    lines += ["", *_table(results["arms"]), "", *_head_table(results["heads"])]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Gold over KL, gold over operations, and the error of heads over noise.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for arm in ("oracle", "rerank", "vas", "vas_vocabulary", "ppo"):
+        rows = [row for row in results["arms"] if row["arm"] in ("frozen", arm)]
+        for axis, x in ((axes[0], "kl"), (axes[1], "flop")):
+            own = rows if x == "kl" else [row for row in rows if row["arm"] == arm]
+            own = sorted(own, key=lambda row, x=x: row[x])
+            error = [[row["gold"] - _ends(row)[0] for row in own], [_ends(row)[1] - row["gold"] for row in own]]
+            scale = 1.0 if x == "kl" else 1e-6
+            label = NAMES[arm].partition(",")[0] if arm != "vas_vocabulary" else "the same, vocabulary-wide head"
+            axis.errorbar([row[x] * scale for row in own], [r["gold"] for r in own], error, marker=".", label=label)
+    axes[0].set(xlabel="KL from the frozen policy, nats per completion", ylabel="gold reward, sd", xlim=(0, 6))
+    axes[1].set(xlabel="model passes, MFLOP per completion", ylabel="gold reward, sd", xscale="log")
+    axes[0].legend(fontsize=8)
+    for head, name in HEADS.items():
+        own = [row for row in results["heads"] if row["head"] == head]
+        error = [[row["error"] - _ends(row)[0] for row in own], [_ends(row)[1] - row["error"] for row in own]]
+        axes[2].errorbar([100 * row["noise"] for row in own], [r["error"] for r in own], error, marker=".", label=name)
+    axes[2].set(xlabel="corrupted labels, %", ylabel="squared error of values, share of variance")
+    axes[2].legend(fontsize=8)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def insert(page: str, text: str) -> str:
+    """``page`` with ``text`` between its two marks.
+
+    Raises:
+        ValueError: It lacks them.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the page has no place for results: it needs a line {BEGIN!r} and, below it, {END!r}")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+
+
+def _arms(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    keys = list(dict.fromkeys((row["arm"], row["at"]) for row in rows if row["arm"] in NAMES))
+    keys.sort(key=lambda key: list(NAMES).index(key[0]))
+    found: list[dict[str, Any]] = []
+    for arm, at in keys:
+        own = [row for row in rows if row["arm"] == arm and row["at"] == at]
+        gold = [row["gold"] for row in own]
+        mean = {name: fmean(row[name] for row in own) for name in ("gold", "kl", "flop")}
+        found.append(
+            {"arm": arm, "at": at, **mean, "interval": _finite(gold), "kl_interval": _finite([r["kl"] for r in own])}
+        )
+    return found
+
+
+def _heads(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    own = [row for row in rows if row["arm"] == "head"]
+    keys = list(dict.fromkeys((row["head"], row["noise"]) for row in own))
+    found: list[dict[str, Any]] = []
+    for head, noise in keys:
+        errors = [row["error"] for row in own if row["head"] == head and row["noise"] == noise]
+        found.append({"head": head, "noise": noise, "error": fmean(errors), "interval": _finite(errors)})
+    return found
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["| arm | at | gold, sd (95 %) | KL, nats | MFLOP per completion |", "|---|---|---|---|---|"]
+    for row in rows:
+        bound = "≤ " if row["arm"] in ("oracle", "rerank") and row["at"] > 1 else ""
+        gold = f"{row['gold']:.2f} {_bracket(row)}"
+        lines.append(
+            f"| {NAMES[row['arm']]} | {row['at']:g} | {gold} | {bound}{row['kl']:.2f} | {row['flop'] / 1e6:.1f} |"
+        )
+    return lines
+
+
+def _head_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    noises = list(dict.fromkeys(row["noise"] for row in rows))
+    lines = [
+        "| error of values, share of variance (95 %) | " + " | ".join(f"{n:.0%} corrupted" for n in noises) + " |",
+        "|---|" + "---|" * len(noises),
+    ]
+    for head, name in HEADS.items():
+        own = {row["noise"]: row for row in rows if row["head"] == head}
+        lines.append(f"| {name} | " + " | ".join(f"{own[n]['error']:.3f} {_bracket(own[n], 3)}" for n in noises) + " |")
+    return lines
+
+
+def _sentence(outcome: Mapping[str, Any]) -> str:
+    least = f"{outcome['minimum_effect']:g} {outcome['unit']}"
+    return f"{outcome['text']}: {_span(outcome)} {outcome['unit']}, where at least {least} was claimed."
+
+
+def _span(row: Mapping[str, Any]) -> str:
+    return f"{row['mean']:+.2f} {_bracket(row)}"
+
+
+def _bracket(row: Mapping[str, Any], digits: int = 2) -> str:
+    low, high = row["interval"]
+    return "(one seed)" if low is None else f"({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    low, high = row["interval"]
+    at = row["gold"] if "gold" in row else row["error"]
+    return (at, at) if low is None else (low, high)
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    return [None, None] if len(values) < 2 else list(interval(values))
