@@ -31,6 +31,7 @@ NAMES = (
     "long_tailed",
     "controller",
     "vllm_throughput",
+    "decoding",
     "transport",
     "asynchronous",
     "simulate",

@@ -29,7 +29,7 @@ def test_the_runner_keeps_what_a_benchmark_measured_and_the_report_shows_it(tmp_
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["vllm_throughput", "transport", "quickstart"])
+@pytest.mark.parametrize("name", ["vllm_throughput", "decoding", "transport", "quickstart"])
 def test_the_benchmarks_of_the_real_engines_run(name, tmp_path):
     out = tmp_path / "results.json"
     done = run("benchmarks/run.py", "--quick", "--only", name, "--threads", 1, "--out", out)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from alignment.models import Model
@@ -35,8 +36,13 @@ class Site:
     idle: Callable[[], None] = _nothing
     """Called about ten times a second by whatever waits for another process; may raise to give the wait up."""
     decoding: Any = None
-    """A component of :data:`alignment.algorithms.decodings.decodings` that changes each token's distribution; None:
-    the policy's own. Only requests with a ``tilt`` are decoded so."""
+    """A component of :data:`alignment.algorithms.decodings.decodings`; None: the policy's own distribution. Samplers take
+    those that steer logits, of requests with a ``tilt``; :func:`alignment.engines.reranking.build_sampler` takes all."""
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths of a recipe start: its own folder."""
+        return Path(self.folders[0]) if self.folders else Path.cwd()
 
 
 @runtime_checkable

@@ -44,7 +44,11 @@ class SteeringPlan:
         decoding = site.decoding
         if decoding is None or isinstance(decoding, Plain):
             return None
-        assert isinstance(decoding, ValueAugmented | Emulated), "others go around a sampler, see `decoded`"
+        if not isinstance(decoding, ValueAugmented | Emulated):
+            raise UserError(
+                f"decoding {type(decoding).__name__} does not steer logits; alignment.engines.reranking.build_sampler"
+                " builds samplers that choose among samples"
+            )
         folders = locate_models(decoding)
         for folder in folders:
             check_vocabulary(site.model, folder)

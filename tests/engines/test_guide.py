@@ -245,6 +245,26 @@ def test_emulated_fine_tuning_is_exact(tmp_path, top_p):
         torch.testing.assert_close(torch.tensor(completion.logp), exact, atol=3e-5, rtol=0)
 
 
+def test_rows_of_the_policys_output_that_no_tokenizer_has_stay_as_they_are(folders):
+    padded = tiny("Qwen3", 2, vocab_size=26)  # the value models have 19
+    decoding = ValueAugmented(folders["scalar"], 2.0, top_k=40)
+    asked = requests(6, (decoding.tilt,), max_tokens=12)
+    found = run(sampler(padded, decoding), asked)
+    assert any(token >= 19 for c in found.values() for token in c.token_ids)
+    model = open_value_model(folders["scalar"])
+    for request in asked:
+        tokens = found[request.id].token_ids
+        ids, start = [*request.prompt_ids, *tokens], len(request.prompt_ids)
+        with torch.no_grad():
+            logits = padded(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+            known = [min(token, 18) for token in ids]
+            for t in range(len(tokens)):
+                values = model.values(torch.tensor([[*known[: start + t], a] for a in range(19)]))[:, -1]
+                logits[t, :19] += 2.0 * (values - values.mean())
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found[request.id].logp), logp, atol=2e-5, rtol=0)
+
+
 def test_a_site_says_how_many_models_steer(folders):
     assert SteeringPlan.of(site(POLICY)) is None
     plan = SteeringPlan.of(site(POLICY, ValueAugmented((folders["scalar"], folders["gpt2"]), (1.0, 2.0))))

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+
 from alignment.algorithms.decodings import ValueAugmented
 from alignment.engines.object_store import ObjectStoreTransport
 from alignment.engines.ray_config import RayClusterConfig
@@ -15,6 +17,7 @@ from tests.engines.helpers import learner_of
 from tests.engines.vllm_helpers import requests, small
 
 
+@pytest.mark.full
 def test_an_engine_of_ray_is_steered(live_ray, tmp_path):
     learner = learner_of(small())
     decoding = ValueAugmented(str(value_folder(tmp_path / "values", body=small(seed=3))), 2.0, top_k=6)

@@ -130,5 +130,7 @@ def test_refusals(folder, tmp_path):
         built(BestOfN(folder)).add([replace(ASKED[0], params=replace(PARAMS, temperature=0.0))])
     with pytest.raises(UserError, match="2 values per state"):
         built(BestOfN(str(value_folder(tmp_path / "streams", streams=2))))
+    with pytest.raises(UserError, match="BestOfN does not steer logits; .*build_sampler"):
+        CONFIG.build(site(POLICY, BestOfN(folder)), None)
     with pytest.raises(UserError, match="steers with no models"):
         built(BestOfN(folder)).add([replace(ASKED[0], params=replace(PARAMS, tilt=(1.0,)))])
