@@ -36,8 +36,8 @@ class Site:
     idle: Callable[[], None] = _nothing
     """Called about ten times a second by whatever waits for another process; may raise to give the wait up."""
     decoding: Any = None
-    """A component of :data:`alignment.algorithms.decodings.decodings`; None: the policy's own distribution. Samplers take
-    those that steer logits, of requests with a ``tilt``; :func:`alignment.engines.reranking.build_sampler` takes all."""
+    """A component of :data:`alignment.algorithms.decodings.decodings`; None: the policy's own distribution. Samplers
+    take those that steer logits, of requests with a ``tilt``; :func:`alignment.engines.reranking.build_sampler` all."""
 
     @property
     def folder(self) -> Path:
