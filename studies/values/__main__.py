@@ -10,7 +10,6 @@ Examples:
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -54,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from studies.cells import Cells
-    from studies.values import report, work
+    from studies.values import arms, report, work
     from studies.values.settings import QUICK, Settings
     from studies.values.verdict import read_claim
 
@@ -73,7 +72,8 @@ def _run(options: argparse.Namespace) -> int:
     else:
         rates = work.run(cells, settings, lambda line: print(f"{time.monotonic() - begun:6.0f} s  {line}", flush=True))
     seconds = sum(cell["seconds"] for cell in cells.found.values())
-    about = {"commit": _commit(), "cpu_seconds": round(seconds), "torch": torch.__version__}
+    about: dict[str, Any] = {"seconds": round(seconds), "torch": torch.__version__}
+    about["training_flop"] = arms.training(settings)
     results = report.summarise(claim, settings, rates, work.results(cells, settings, rates), about)
     _write(results, options)
     return 0
@@ -109,12 +109,6 @@ def _finished(cells: Any, settings: Any) -> dict[str, float]:
 
 def _digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings.to_json(), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _commit() -> str | None:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -20,14 +20,18 @@ from alignment.algorithms.credit import credit
 from alignment.algorithms.decodings import ValueAugmented
 from alignment.algorithms.kl_penalties import K1
 from alignment.algorithms.objective import Objective
+from alignment.algorithms.value_losses import Scalar
 from alignment.engines.config import Site
 from alignment.engines.guide import Steering
-from alignment.engines.value_model import ValueModel, save_value_model
+from alignment.engines.value_model import ValueModel, ValueShape, save_value_model
+from alignment.models import load_model
 from studies.values import measure
 from studies.values.models import end_values, explained, role, rows_of
+from studies.values.settings import Settings, built
 from studies.values.world import SAMPLER, World, drawn, learner_of
 
 Row = dict[str, Any]
+PPO_EPOCHS, CRITIC_EPOCHS = 2, 2
 
 
 def frozen(world: World) -> list[Row]:
@@ -87,10 +91,10 @@ def ppo(world: World, coefficient: float, lr: float) -> list[Row]:
     algorithm = Algorithm(
         advantage=Gae(lam=0.95, critic_lam=1.0, truncation="end"),
         kl=K1(coefficient=coefficient),
-        epochs=2,
+        epochs=PPO_EPOCHS,
         minibatches=2,
     )
-    critic = role(world, "scalar", 3e-3, epochs=2, minibatches=4)
+    critic = role(world, "scalar", 3e-3, epochs=CRITIC_EPOCHS, minibatches=4)
     learner = learner_of(module, lr, settings.ppo_steps, world.seed, {"critic": critic}, warmup_steps=2)
     objective = Objective.of(algorithm, {})
     rows = settings.labels // settings.ppo_steps
@@ -103,6 +107,21 @@ def ppo(world: World, coefficient: float, lr: float) -> list[Row]:
     ids_PNL, reward_PN = world.sample(module, prompts, settings.eval_samples, "ppo")
     kl = measure.sequence_kl(module, world.policy.module, rows_of(prompts, ids_PNL), settings.prompt_tokens)
     return [_row("ppo", coefficient, float(reward_PN.mean()), kl, _plain_flop(world))]
+
+
+def training(settings: Settings) -> dict[str, int]:
+    """Operations that it takes to make a value model and a policy of PPO from labels, drawing completions included."""
+    policy = measure.operations_per_token(load_model(built(settings.policy_size), 0).module)
+    critic = ValueModel.of(load_model(built(settings.value_size), 0).module, ValueShape(Scalar()))
+    value = measure.operations_per_token(critic)
+    drawing = settings.labels * measure.flop_plain(policy, settings.prompt_tokens, settings.completion_tokens)
+    tokens = settings.labels * (settings.prompt_tokens + settings.completion_tokens)
+    fitted = measure.flop_training(value, tokens, 1, settings.value_epochs)
+    # Old and reference log-probabilities are a pass of the policy each, values one of the critic.
+    moved = measure.flop_training(policy, tokens, 2, PPO_EPOCHS) + measure.flop_training(
+        value, tokens, 1, CRITIC_EPOCHS
+    )
+    return {"value_model": drawing + fitted, "ppo": drawing + moved}
 
 
 class _Nats:

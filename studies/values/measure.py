@@ -50,6 +50,11 @@ def flop_steered(policy: int, value: int, prompt: int, length: int, top_k: int) 
     return flop_plain(policy, prompt, length) + value * (prompt + length - 1 + top_k * length)
 
 
+def flop_training(operations: int, tokens: int, read: int, epochs: int) -> int:
+    """Of a model that reads ``tokens`` ``read`` times and learns from them ``epochs`` times, 3 passes each time."""
+    return operations * tokens * (read + 3 * epochs)
+
+
 def at_kl(points: Sequence[tuple[float, float]], kl: float) -> float:
     """Gold that a family of policies attains within ``kl`` nats.
 
@@ -111,6 +116,7 @@ __all__ = [
     "flop_plain",
     "flop_reranked",
     "flop_steered",
+    "flop_training",
     "interval",
     "operations_per_token",
     "sequence_kl",

@@ -70,7 +70,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += ["", "| what the papers say | source |", "|---|---|"]
     lines += [f"| {paper['says']} | {paper['source']} |" for paper in results["papers"]]
     lines += ["", *_table(results["arms"]), "", *_head_table(results["heads"])]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_costs(results)]) + "\n"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -82,7 +82,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for arm in ("oracle", "rerank", "vas", "vas_vocabulary", "ppo"):
@@ -96,7 +96,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             axis.errorbar([row[x] * scale for row in own], [r["gold"] for r in own], error, marker=".", label=label)
     axes[0].set(xlabel="KL from the frozen policy, nats per completion", ylabel="gold reward, sd", xlim=(0, 6))
     axes[1].set(xlabel="model passes, MFLOP per completion", ylabel="gold reward, sd", xscale="log")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].xaxis.set_minor_formatter(ticker.NullFormatter())
     for head, name in HEADS.items():
         own = [row for row in results["heads"] if row["head"] == head]
         error = [[row["error"] - _ends(row)[0] for row in own], [_ends(row)[1] - row["error"] for row in own]]
@@ -165,6 +167,18 @@ def _head_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         own = {row["noise"]: row for row in rows if row["head"] == head}
         lines.append(f"| {name} | " + " | ".join(f"{own[n]['error']:.3f} {_bracket(own[n], 3)}" for n in noises) + " |")
     return lines
+
+
+def _costs(results: Mapping[str, Any]) -> list[str]:
+    cost = {name: f"{flop / 1e9:.0f} GFLOP" for name, flop in results["training_flop"].items()}
+    once = f"Before anything is decoded, a value model costs {cost['value_model']} once, PPO {cost['ppo']} for each"
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in results["learning_rates"].items())
+    minutes = f"{results['seconds'] / 60:.0f} minutes on one core of a machine that did other work beside it"
+    return [
+        f"{once} coefficient, drawing {results['settings']['labels']:,} completions included.",
+        f"Learning rates that were chosen: {rates}. The run took {minutes}.",
+        f"SHA-256 of the claim: `{results['claim_sha256'][:16]}`.",
+    ]
 
 
 def _sentence(outcome: Mapping[str, Any]) -> str:

@@ -65,11 +65,11 @@ class Settings:
 
 
 QUICK = Settings(
-    text_steps=60,
-    labels=512,
+    text_steps=30,
+    labels=256,
     value_epochs=1,
-    value_minibatches=8,
-    ppo_steps=4,
+    value_minibatches=16,
+    ppo_steps=2,
     ppo_coefficients=(0.25,),
     betas=(1.0, 4.0),
     most=16,

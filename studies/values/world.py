@@ -114,7 +114,7 @@ def make_world(seed: int, settings: Settings) -> World:
     left_VD, right_VD = (torch.randn(VOCABULARY, 4, generator=g) * 4**-0.25 for _ in range(2))
     raw = Gold(token_V, left_VD * settings.gold_pairs, right_VD)
     world = World(seed, settings, policy, raw, chain_VV, labelled=_EMPTY)
-    _, reward = world.sample(policy.module, world.prompts(1024, "scale"), 4, "scale")
+    _, reward = world.sample(policy.module, world.prompts(min(1024, settings.labels // 4), "scale"), 4, "scale")
     world = replace(world, gold=replace(raw, mean=float(reward.mean()), sd=float(reward.std())))
     labelled = world.batch(policy.module, world.prompts(settings.labels // 4, "labels"), 4, "labels")
     return replace(world, labelled=labelled)
