@@ -84,6 +84,15 @@ def test_only_what_is_missing_is_computed_and_comes_out_the_same(quick, tmp_path
     )
 
 
+def test_heads_may_be_tuned_for_each_share_of_noise_beside_the_claim(quick):
+    claimed = quick.results
+    assert main(["--quick", "--sensitivity", "--out", str(quick.folder)]) == 0
+    results = quick.results
+    assert results["outcomes"] == claimed["outcomes"] and results["heads"] == claimed["heads"]
+    assert len(results["heads_apart"]) == 9 and len(results["outcomes_apart"]) == 5
+    assert "Not part of the claim" in (quick.folder / "table.md").read_text()
+
+
 def test_cells_of_other_settings_do_not_count(tmp_path):
     cells = Cells(tmp_path / "cells.jsonl", "a")
     cells.add("arm/1", 3, [{"x": 1}], 2.0)

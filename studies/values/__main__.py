@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=None, help="folder of cells, results, table and plot")
     made.add_argument("--claim", type=Path, default=CLAIM, help="the claim that is judged (%(default)s)")
     made.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
+    made.add_argument(
+        "--sensitivity", action="store_true", help="also tune heads for each share of noise, beside the claim"
+    )
     made.add_argument("--report", action="store_true", help="compute nothing")
     made.add_argument("--publish", action="store_true", help="compute nothing; write into recipes/ and docs/")
     return made
@@ -70,11 +73,19 @@ def _run(options: argparse.Namespace) -> int:
     if options.report or options.publish:
         rates = _finished(cells, settings)
     else:
-        rates = work.run(cells, settings, lambda line: print(f"{time.monotonic() - begun:6.0f} s  {line}", flush=True))
+
+        def say(line: str) -> None:
+            print(f"{time.monotonic() - begun:6.0f} s  {line}", flush=True)
+
+        rates = work.run(cells, settings, say)
+        if options.sensitivity:
+            work.sensitivity(cells, settings, say)
     seconds = sum(cell["seconds"] for cell in cells.found.values())
     about: dict[str, Any] = {"seconds": round(seconds), "torch": torch.__version__}
     about["training_flop"] = arms.training(settings)
-    results = report.summarise(claim, settings, rates, work.results(cells, settings, rates), about)
+    results = report.summarise(
+        claim, settings, rates, work.results(cells, settings, rates), work.tuned_apart(cells, settings), about
+    )
     _write(results, options)
     return 0
 

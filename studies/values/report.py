@@ -8,7 +8,7 @@ from typing import Any
 
 from studies.values.measure import interval
 from studies.values.settings import Settings
-from studies.values.verdict import Claim, judge
+from studies.values.verdict import Claim, judge, judge_heads
 
 NAMES = {
     "frozen": "frozen policy",
@@ -23,9 +23,23 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def summarise(
-    claim: Claim, settings: Settings, rates: Mapping[str, float], rows: Mapping[int, Any], about: Mapping[str, Any]
+    claim: Claim,
+    settings: Settings,
+    rates: Mapping[str, float],
+    rows: Mapping[int, Any],
+    apart: Mapping[int, Any] | None,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that is kept: small, and enough for the tables and the plot."""
+    """Everything that is kept: small, and enough for the tables and the plot.
+
+    Args:
+        claim: What was claimed.
+        settings: Of the run.
+        rates: Learning rates that were chosen.
+        rows: Of each seed.
+        apart: Rows of heads whose rates were chosen for each share of noise; None where they were not computed.
+        about: More that is kept.
+    """
     gates, outcomes = judge(claim, rows)
     flat = [row for of_seed in rows.values() for row in of_seed]
     return {
@@ -40,12 +54,14 @@ def summarise(
         "papers": [dict(paper) for paper in claim.papers],
         "arms": _arms(flat),
         "heads": _heads(flat),
+        "heads_apart": [] if apart is None else _heads([row for of_seed in apart.values() for row in of_seed]),
+        "outcomes_apart": [] if apart is None else [outcome.to_json() for outcome in judge_heads(claim, apart)],
     }
 
 
 def write_json(results: Mapping[str, Any], path: Path) -> None:
     """The results as a file, one line for each arm or contrast."""
-    compact = {"arms", "heads", "outcomes", "papers", "regime"}
+    compact = {"arms", "heads", "outcomes", "papers", "regime", "heads_apart", "outcomes_apart"}
     parts: list[str] = []
     for name, value in results.items():
         if name in compact:
@@ -65,11 +81,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"| {g['text']} | {g['at_least']:g} | {g['measured']:.2f} | {'met' if g['met'] else 'not met'} |"
         for g in results["regime"]
     ]
-    lines += ["", "| secondary claim | least effect | measured, 95 % | verdict |", "|---|---|---|---|"]
-    lines += [f"| {o['text']} | {o['minimum_effect']:g} {o['unit']} | {_span(o)} | {o['verdict']} |" for o in secondary]
+    lines += ["", *_outcomes("secondary claim", secondary)]
     lines += ["", "| what the papers say | source |", "|---|---|"]
     lines += [f"| {paper['says']} | {paper['source']} |" for paper in results["papers"]]
     lines += ["", *_table(results["arms"]), "", *_head_table(results["heads"])]
+    if results["heads_apart"]:
+        lines += [
+            "",
+            "Not part of the claim: the same with a learning rate chosen for each share of corrupted labels.",
+            "",
+        ]
+        lines += [*_head_table(results["heads_apart"]), "", *_outcomes("contrast", results["outcomes_apart"])]
     return "\n".join([*lines, "", *_costs(results)]) + "\n"
 
 
@@ -167,6 +189,11 @@ def _head_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         own = {row["noise"]: row for row in rows if row["head"] == head}
         lines.append(f"| {name} | " + " | ".join(f"{own[n]['error']:.3f} {_bracket(own[n], 3)}" for n in noises) + " |")
     return lines
+
+
+def _outcomes(what: str, outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [f"| {o['text']} | {o['minimum_effect']:g} {o['unit']} | {_span(o)} | {o['verdict']} |" for o in outcomes]
+    return [f"| {what} | least effect | measured, 95 % | verdict |", "|---|---|---|---|", *rows]
 
 
 def _costs(results: Mapping[str, Any]) -> list[str]:

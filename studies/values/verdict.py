@@ -88,13 +88,12 @@ def judge(claim: Claim, rows: Mapping[int, Rows]) -> tuple[list[dict[str, Any]],
     """
     gates = [_gate(gate, rows) for gate in claim.regime]
     reached = all(gate["met"] for gate in gates)
-    outcomes: list[Outcome] = []
-    for contrast in (claim.primary, *claim.secondary):
-        found = [_difference(contrast, of_seed) for of_seed in rows.values()]
-        minimum = contrast["minimum_effect"]
-        word = verdict(found, minimum, reached)
-        outcomes.append(Outcome(contrast["name"], contrast["text"], contrast["unit"], found, minimum, word))
-    return gates, outcomes
+    return gates, [_outcome(contrast, rows, reached) for contrast in (claim.primary, *claim.secondary)]
+
+
+def judge_heads(claim: Claim, rows: Mapping[int, Rows]) -> list[Outcome]:
+    """The outcomes of the contrasts between heads alone, on other rows than those that were claimed of."""
+    return [_outcome(contrast, rows, True) for contrast in claim.secondary if contrast["kind"] == "heads"]
 
 
 def family(rows: Rows, arm: str) -> list[Mapping[str, Any]]:
@@ -110,6 +109,12 @@ def gold_at(rows: Rows, arm: str, kl: float) -> float:
 def gold_for(rows: Rows, arm: str, flop: float) -> float:
     """Gold that an arm attains with ``flop`` operations per completion, interpolated over their logarithm."""
     return at_kl([(math.log(row["flop"]), row["gold"]) for row in _of(rows, arm)], math.log(flop))
+
+
+def _outcome(contrast: Mapping[str, Any], rows: Mapping[int, Rows], reached: bool) -> Outcome:
+    found = [_difference(contrast, of_seed) for of_seed in rows.values()]
+    word = verdict(found, contrast["minimum_effect"], reached)
+    return Outcome(contrast["name"], contrast["text"], contrast["unit"], found, contrast["minimum_effect"], word)
 
 
 def _of(rows: Rows, arm: str) -> list[Mapping[str, Any]]:

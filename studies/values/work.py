@@ -1,7 +1,7 @@
 """The order of work: learning rates on seeds of their own, then every arm on every reported seed."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -50,35 +50,42 @@ class Start:
         return self._model[1]
 
 
-def tuning(start: Start) -> Iterator[Cell]:
-    """Cells of a seed that learning rates are chosen by."""
-    settings, seed = start.settings, start.seed
-    for head in settings.heads:
-        for lr in settings.value_lrs:
-            for noise in settings.tuning_noises:
-                name = f"tune_head/{head}/{lr:g}/{noise:g}"
+def trials(start: Start, noises: Sequence[float]) -> Iterator[Cell]:
+    """Cells of a seed that the learning rates of heads are chosen by."""
+    for head in start.settings.heads:
+        for lr in start.settings.value_lrs:
+            for noise in noises:
 
                 def cell(head: str = head, lr: float = lr, noise: float = noise) -> Rows:
                     return [{"head": head, "lr": lr, "error": error(start.head(head, lr, noise), start.known)}]
 
-                yield name, seed, cell
+                yield _trial(head, lr, noise), start.seed, cell
+
+
+def tuning(start: Start) -> Iterator[Cell]:
+    """Cells of a seed that all learning rates are chosen by."""
+    settings = start.settings
+    yield from trials(start, settings.tuning_noises)
     for lr in settings.ppo_lrs:
 
         def tried(lr: float = lr) -> Rows:
             [row] = arms.ppo(start.world, settings.tuning_coefficient, lr)
             return [{"lr": lr, "objective": row["gold"] - settings.tuning_coefficient * row["kl"]}]
 
-        yield f"tune_ppo/{lr:g}", seed, tried
+        yield f"tune_ppo/{lr:g}", start.seed, tried
 
 
 def chosen(cells: Cells, settings: Settings) -> dict[str, float]:
     """The learning rate of each head, by the error over tuning seeds and noises, and of ``ppo``, by its objective."""
-    rates: dict[str, float] = {}
-    for head in settings.heads:
-        names = {lr: [f"tune_head/{head}/{lr:g}/{n:g}" for n in settings.tuning_noises] for lr in settings.value_lrs}
-        rates[head] = min(settings.value_lrs, key=lambda lr, names=names: _mean(cells, names[lr], settings, "error"))
+    rates = {head: best_rate(cells, settings, head, settings.tuning_noises) for head in settings.heads}
     rates["ppo"] = max(settings.ppo_lrs, key=lambda lr: _mean(cells, [f"tune_ppo/{lr:g}"], settings, "objective"))
     return rates
+
+
+def best_rate(cells: Cells, settings: Settings, head: str, noises: Sequence[float]) -> float:
+    """The learning rate of smallest error over tuning seeds and ``noises``."""
+    names = {lr: [_trial(head, lr, noise) for noise in noises] for lr in settings.value_lrs}
+    return min(settings.value_lrs, key=lambda lr: _mean(cells, names[lr], settings, "error"))
 
 
 def reported(start: Start, rates: Mapping[str, float]) -> Iterator[Cell]:
@@ -101,13 +108,15 @@ def reported(start: Start, rates: Mapping[str, float]) -> Iterator[Cell]:
         yield f"ppo/{coefficient:g}/{rates['ppo']:g}", seed, ppo
     for head in settings.heads:
         for noise in settings.noises:
+            yield _fitted(start, head, noise, rates[head], plain=head == BASE and noise == 0)
 
-            def fitted(head: str = head, noise: float = noise) -> Rows:
-                plain = head == BASE and noise == 0
-                model = start.model(lr) if plain else start.head(head, rates[head], noise)
-                return [{"arm": "head", "head": head, "noise": noise, "error": error(model, start.known)}]
 
-            yield f"head/{head}/{noise:g}/{rates[head]:g}", seed, fitted
+def _fitted(start: Start, head: str, noise: float, lr: float, plain: bool) -> Cell:
+    def cell() -> Rows:
+        model = start.model(lr) if plain else start.head(head, lr, noise)
+        return [{"arm": "head", "head": head, "noise": noise, "error": error(model, start.known)}]
+
+    return f"head/{head}/{noise:g}/{lr:g}", start.seed, cell
 
 
 def run(cells: Cells, settings: Settings, say: Say) -> dict[str, float]:
@@ -120,6 +129,30 @@ def run(cells: Cells, settings: Settings, say: Say) -> dict[str, float]:
         behind = len(settings.seeds) - i - 1
         _compute(cells, list(reported(Start(seed, settings), rates)), settings, say, f"seed {seed}", behind)
     return rates
+
+
+def sensitivity(cells: Cells, settings: Settings, say: Say) -> None:
+    """Computes what :func:`tuned_apart` needs: heads whose learning rate is chosen for each share of noise."""
+    for seed in settings.tuning_seeds:
+        _compute(cells, list(trials(Start(seed, settings), settings.noises)), settings, say, f"tuning seed {seed}")
+    for i, seed in enumerate(settings.seeds):
+        behind = len(settings.seeds) - i - 1
+        _compute(cells, _apart(cells, Start(seed, settings)), settings, say, f"seed {seed}", behind)
+
+
+def tuned_apart(cells: Cells, settings: Settings) -> dict[int, Rows] | None:
+    """The rows of heads with learning rates of their own for each share of noise; None where they are not computed."""
+    try:
+        names = [name for name, _, _ in _apart(cells, Start(0, settings))]
+        return {seed: [row for name in names for row in cells.found[name, seed]["rows"]] for seed in settings.seeds}
+    except KeyError:
+        return None
+
+
+def _apart(cells: Cells, start: Start) -> list[Cell]:
+    settings = start.settings
+    pairs = [(head, noise) for head in settings.heads for noise in settings.noises]
+    return [_fitted(start, h, n, best_rate(cells, settings, h, [n]), plain=h == BASE and n == 0) for h, n in pairs]
 
 
 def results(cells: Cells, settings: Settings, rates: Mapping[str, float]) -> dict[int, Rows]:
@@ -151,6 +184,10 @@ def _compute(cells: Cells, todo: list[Cell], settings: Settings, say: Say, what:
 def _left(cells: Cells, names: list[str]) -> float:
     mean = fmean(cell["seconds"] for cell in cells.found.values())
     return sum(cells.seconds(name.partition("/")[0], mean) for name in names)
+
+
+def _trial(head: str, lr: float, noise: float) -> str:
+    return f"tune_head/{head}/{lr:g}/{noise:g}"
 
 
 def _mean(cells: Cells, names: list[str], settings: Settings, column: str) -> float:
