@@ -76,8 +76,8 @@ class Collector:
     prompts: Sequence[Prompt]
     curricula: Sequence[Curriculum]
     prompts_per_step: int
-    group_size: int
-    params: SamplingParams
+    params: Sequence[SamplingParams]
+    """Of each rollout of a group."""
     max_failed_share: float
     seed: int
     roles: Mapping[str, RoleHandle]
@@ -178,7 +178,7 @@ class Collector:
 
     def _launch(self, prompts: Sequence[Prompt], uids: Sequence[int]) -> None:
         with self.phases("sample"):
-            started = self.player.start(prompts, uids, self.group_size, self.params, self.seed, "")
+            started = self.player.start(prompts, uids, self.params, self.seed, "")
         flights = [_Flight(playing) for playing in started]
         self.flights += flights
         self._by_uid |= {f.playing.uid: f for f in flights}

@@ -9,6 +9,7 @@ from alignment.algorithms.values import batch_metrics
 from alignment.collect import Collector, staleness
 from alignment.engines.roles import handles
 from alignment.flight import Watched
+from alignment.guidance import guided_metrics
 from alignment.job import Job
 from alignment.metrics import summarise
 from alignment.offline import supervise
@@ -38,7 +39,8 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         job.engines.rest()
         states, context = sealed.state.components, Context(sealed.state.step, job.seed, collector.roles)
         objective = None if stage.policy_rests(state.stage_step) else Objective.of(algorithm, states)
-        slots = algorithm.mixer.route(states.get("mixer"), sealed.groups, job.data.demonstrations, context)
+        groups = stage.trained(sealed.groups)
+        slots = algorithm.mixer.route(states.get("mixer"), groups, job.data.demonstrations, context)
         lag = staleness(slots["rl"], state.step)
         with phases("annotate"), job.meanwhile(collector.pump):
             needs = algorithm.needs | (objective.needs(staleness=lag) | learner.needs if objective else frozenset())
@@ -58,7 +60,8 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             states = observe(components, states, signals)
             state = replace(sealed.state.next_step(), components=states)
             job.record_batch(state, batch, watched, sealed.state.components, metrics)
-            metrics = metrics | summarise(sealed.sampled, sealed.dropped) | {"staleness": float(lag)}
+            metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled)
+            metrics["staleness"] = float(lag)
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
     collector.close()
@@ -74,8 +77,7 @@ def _collector(job: Job, stage: RolloutStage) -> Collector:
         prompts=job.data.train,
         curricula=stage.curricula,
         prompts_per_step=stage.prompts_per_step,
-        group_size=stage.group_size,
-        params=job.params(stage.sampling),
+        params=stage.params(job.params(stage.sampling)),
         max_failed_share=job.recipe.scoring.max_failed_share,
         seed=job.seed,
         roles=handles(job.engines.learner, player.tokens_of),

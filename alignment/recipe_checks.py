@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignment.algorithms.advantages import advantages
+from alignment.algorithms.decodings import decodings
 from alignment.algorithms.state import needs_of
 from alignment.critics import critics
 from alignment.engines.config import transports
@@ -40,6 +41,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         else:
             yield from _online(recipe, stage, place)
             yield from _values(stage, place)
+            yield from _guidance(stage, place)
             yield from _sizes(recipe, stage, place)
             yield from _needs(recipe, stage, place)
 
@@ -278,6 +280,26 @@ def _values(stage: "Rollouts", place: Place) -> Iterator[Conflict]:
         yield Conflict((*place, "prompt_value"), message, (here,))
     if getattr(asked, "head", "state") == "vocabulary":
         yield Conflict((*place, "prompt_value", "head"), "'vocabulary' has no value of a prompt's end: use 'state'")
+
+
+def _guidance(stage: "Rollouts", place: Place) -> Iterator[Conflict]:
+    """Steered rollouts that nothing can make, or that would be trained on as if they were the policy's own."""
+    guidance = getattr(stage, "guidance", None)
+    if guidance is None:
+        return
+    here: Place = (*place, "guidance")
+    if decodings.name_of(guidance.decoding) != "value_augmented":
+        message = "must be 'value_augmented', whose rollouts carry the log-probabilities that they were drawn with"
+        yield Conflict((*here, "decoding"), message)
+    if guidance.rollouts >= stage.group_size:
+        message = f"{guidance.rollouts} leaves none of the {stage.group_size} rollouts of a group to the policy"
+        yield Conflict(
+            (*here, "rollouts"), f"{message}: take at most {stage.group_size - 1}", ((*place, "group_size"),)
+        )
+    if guidance.use == "mixed_group" and stage.credited.correction is None:
+        message = "'mixed_group' trains on rollouts that the policy did not sample, which needs importance weights"
+        where = (*place, "algorithm", "correction")
+        yield Conflict((*here, "use"), f"{message}: set algorithm.correction to 'tis'", (where,))
 
 
 def _needs(recipe: "Recipe", stage: "Rollouts", place: Place) -> Iterator[Conflict]:

@@ -1,5 +1,6 @@
 """The stages of a recipe, as typed, frozen records. ``alignment.recipe`` puts them together."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ from pydantic import Field, field_validator
 from alignment.algorithms.advantages import Gae
 from alignment.algorithms.aggregations import Aggregation, aggregations
 from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.decodings import Decoding
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.values import Truncation
 from alignment.critics import Circumstances, Critic, critics
@@ -18,8 +20,10 @@ from alignment.engines.config import Cluster, SamplerConfig, Site, TransportConf
 from alignment.engines.learner_config import LearnerConfig, learners
 from alignment.engines.roles import RoleSpec
 from alignment.environments import Environment, environments
+from alignment.guidance import Guidance
 from alignment.recipe_sections import Choice, Count, Label, Sampling, Section
 from alignment.registry import Registry, component
+from alignment.types import Group, SamplingParams
 
 
 def _default(registry: Registry[Any], name: str) -> Any:
@@ -59,6 +63,9 @@ class SftStage(Section):
     def policy_rests(self, stage_step: int) -> bool:
         """Never."""
         return False
+
+    def decoding(self, folder: Path) -> None:
+        """Evaluations sample as they are."""
 
     def roles(self, site: Site, objectives: tuple[str, ...]) -> dict[str, RoleSpec | str]:
         """No model beside the policy."""
@@ -111,6 +118,18 @@ class RolloutStage(Section):
         """Whether the step trains models beside the policy alone."""
         raise NotImplementedError
 
+    def decoding(self, folder: Path) -> Decoding | None:
+        """How rollouts that ask for it are steered; ``folder`` is where relative paths start."""
+        return None
+
+    def params(self, plain: SamplingParams) -> Sequence[SamplingParams]:
+        """The sampling parameters of each rollout of a group."""
+        return [plain] * self.group_size
+
+    def trained(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """What of the accepted groups is trained on."""
+        return groups
+
     @property
     def needs_reference(self) -> bool:
         """Whether any component compares the policy with a reference."""
@@ -129,12 +148,11 @@ class RolloutStage(Section):
         """
         algorithm, roles = self.credited, dict[str, RoleSpec | str]()
         streams = objectives if getattr(algorithm.weighting, "streams", False) else ()
-        folder = Path(site.folders[0]) if site.folders else Path.cwd()
         for name, critic in {"critic": self.values, "prompt_value": self.prompt_value}.items():
             if critic is not None:
                 assert site.model.origin is not None, "a model of a recipe has an origin"
                 own = streams if name == "critic" else ()
-                here = Circumstances(site.model.origin, folder, name, own, algorithm.epochs, algorithm.minibatches)
+                here = Circumstances(site.model.origin, site.folder, name, own, algorithm.epochs, algorithm.minibatches)
                 roles[name] = critic.role(here)
         return roles
 
@@ -147,6 +165,8 @@ class OnlineStage(RolloutStage):
     algorithm: Algorithm = Field(default_factory=Algorithm)
     critic: Annotated[Critic, component(critics)] | None = None
     """Predicts returns, for advantages that ask (``gae``): a ``model`` of its own, or a ``head`` on the policy."""
+    guidance: Guidance | None = None
+    """Some rollouts of each group are found with the help of a value model."""
 
     @property
     def updates_per_step(self) -> int:
@@ -162,6 +182,19 @@ class OnlineStage(RolloutStage):
     def values(self) -> Critic | None:
         """The critic."""
         return self.critic
+
+    def decoding(self, folder: Path) -> Decoding | None:
+        """The guidance's, with its models' folders in full."""
+        return None if self.guidance is None else self.guidance.located(folder)
+
+    def params(self, plain: SamplingParams) -> Sequence[SamplingParams]:
+        """The last rollouts of a group are steered, if there is guidance."""
+        own = super().params(plain)
+        return own if self.guidance is None else self.guidance.params(plain, self.group_size)
+
+    def trained(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """What the guidance leaves of them."""
+        return groups if self.guidance is None else self.guidance.trained(groups)
 
     def policy_rests(self, stage_step: int) -> bool:
         """While the critic is trained ahead."""

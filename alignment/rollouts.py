@@ -83,17 +83,16 @@ class Player:
     """This player's groups that have come to their end since somebody took them out of this list."""
 
     def start(
-        self, prompts: Sequence[Prompt], uids: Sequence[int], samples: int, params: SamplingParams, seed: int, by: str
+        self, prompts: Sequence[Prompt], uids: Sequence[int], params: Sequence[SamplingParams], seed: int, by: str
     ) -> list["Playing"]:
-        """Asks for the first turns of ``samples`` episodes of each prompt, without waiting for any.
+        """Asks for the first turns of as many episodes of each prompt as there are ``params``; waits for none.
 
         The random numbers of an episode depend on ``(seed, uid, sample)`` alone.
 
         Args:
             prompts: What to play.
             uids: One number per prompt, unique among those of the same ``by`` that are in flight.
-            samples: Episodes per prompt.
-            params: ``max_tokens`` bounds the whole completion, observations included.
+            params: Of each episode; ``max_tokens`` bounds the whole completion, observations included.
             seed: The run's seed.
             by: Who asks: it begins the ids of the requests, ``eval/7.0``; training says nothing, ``7.0``.
 
@@ -101,7 +100,7 @@ class Player:
             UserError: A prompt has more than ``max_prompt_tokens`` tokens, or cannot be sampled.
         """
         groups = [
-            Playing(uid, prompt, _start(self, prompt, f"{by}{uid}", uid, samples, params, seed), samples)
+            Playing(uid, prompt, _start(self, prompt, f"{by}{uid}", uid, params, seed), len(params))
             for prompt, uid in zip(prompts, uids, strict=True)
         ]
         self.sampler.add([episode.request() for group in groups for episode in group.episodes])
@@ -172,9 +171,10 @@ def play(
 ) -> list[Group]:
     """Plays ``samples`` episodes of each prompt and returns one unscored group per prompt, in the order given.
 
-    Arguments and errors are those of :meth:`Player.start`. What others have in flight goes on meanwhile.
+    Errors are those of :meth:`Player.start`, arguments too, with ``params`` for each of the ``samples``. What others
+    have in flight goes on meanwhile.
     """
-    groups = player.start(prompts, uids, samples, params, seed, by)
+    groups = player.start(prompts, uids, [params] * samples, seed, by)
     waited_for = deque(groups)
     try:
         while waited_for:
@@ -208,11 +208,11 @@ def open_episode(
 
 
 def _start(
-    player: Player, prompt: Prompt, name: str, uid: int, samples: int, params: SamplingParams, seed: int
+    player: Player, prompt: Prompt, name: str, uid: int, params: Sequence[SamplingParams], seed: int
 ) -> list[_Episode]:
     """The episodes of one prompt, which share its tokens."""
     state, ids = open_episode(player.environment, player.tokenizer, player.max_prompt_tokens, prompt)
-    return [_Episode(f"{name}.{i}", prompt, ids, state, keyed_seed(seed, uid, i), params) for i in range(samples)]
+    return [_Episode(f"{name}.{i}", prompt, ids, state, keyed_seed(seed, uid, i), p) for i, p in enumerate(params)]
 
 
 def _advance(player: Player, episode: _Episode, completion: Completion) -> bool:

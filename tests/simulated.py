@@ -167,7 +167,7 @@ class SimulatedLearner:
     updates: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     needs: frozenset[str] = frozenset()
-    roles: dict[str, Any] = field(default_factory=dict)
+    of_prompts: tuple[str, ...] = ()
 
     def annotate(self, batch: Batch, needs: object) -> Batch:
         return replace(batch, old_logp_BT=batch.behaviour_logp_BT)

@@ -60,7 +60,7 @@ def open_engines(stage: Any, site: Site, seed: int, objectives: Sequence[str] = 
         roles = stage.roles(site, tuple(objectives))
         learner = stage.learner.build(site, stage.steps, seed, stage.needs_reference, roles)
         stack.callback(learner.close)
-        sampler = stage.sampler.build(site, learner)
+        sampler = stage.sampler.build(replace(site, decoding=stage.decoding(site.folder)), learner)
         stack.callback(sampler.close)
         transport = (stage.transport or _suited(sampler, learner, site)).build(learner, sampler)
         if getattr(sampler, "sleeps", False):

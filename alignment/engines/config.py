@@ -37,7 +37,8 @@ class Site:
     """Called about ten times a second by whatever waits for another process; may raise to give the wait up."""
     decoding: Any = None
     """A component of :data:`alignment.algorithms.decodings.decodings`; None: the policy's own distribution. Samplers
-    take those that steer logits, of requests with a ``tilt``; :func:`alignment.engines.reranking.build_sampler` all."""
+    take those that steer logits, of requests with a ``tilt``; :func:`alignment.engines.reranking.build_sampler` takes
+    all."""
 
     @property
     def folder(self) -> Path:

@@ -237,7 +237,7 @@ class _Policy(nn.Module):
         self.logprobs = _ScoringLogProbs(module, chunk_mb, head)
         self.scorer = self.logprobs.scorer
 
-    def forward(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Tensor | None, ...]:
+    def forward(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Any, ...]:
         return self.logprobs(batch, entropy, values)
 
 

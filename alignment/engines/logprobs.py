@@ -13,7 +13,7 @@ Suffixes beside the legend of :mod:`alignment.types`: N trained tokens of a micr
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,15 @@ class LogProbs:
                 self.slow_reason,
             )
 
-    def __call__(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Tensor | None, ...]:
+    @overload
+    def __call__(
+        self, batch: Batch, entropy: Entropy = "none", values: Literal[False] = False
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    @overload
+    def __call__(self, batch: Batch, entropy: Entropy, values: bool) -> tuple[Any, ...]: ...
+
+    def __call__(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Any, ...]:
         """``logp_BT`` and ``entropy_BT`` (None for ``"none"``), float32, 0 where ``loss_mask_BT`` is False.
 
         Rows are right-padded, so under causal attention no real token sees padding and positions count from 0.
