@@ -178,7 +178,10 @@ def test_every_mistake_at_once(tmp_path):
         ("stages=[]", "stages: expected a list of at least 1 items, given a list"),
         ("stages=[{steps: 1}]", "stages.0: needs 'stage' (available: sft, online, value)"),
         ("stages=[{stage: sft}]", "stages.0.steps: is required"),
-        ("stages.0.stage=preference", "stages.0.stage: 'preference' is not available yet (available: sft, online, value)"),
+        (
+            "stages.0.stage=preference",
+            "stages.0.stage: 'preference' is not available yet (available: sft, online, value)",
+        ),
         ("stages.0.stage=onlin", "stages.0.stage: 'onlin' is not one of the stages; did you mean 'online'?"),
         ("stages.1.steps=2.5", "stages.1.steps: expected a whole number, given the number 2.5"),
         ("stages.1.algorithm=ppo", "stages.1.algorithm: expected a mapping, given the text 'ppo'"),
