@@ -95,7 +95,7 @@ class StubLearner:
     module: nn.Module
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     needs: frozenset[str] = frozenset()
-    roles: dict[str, Any] = field(default_factory=dict)
+    of_prompts: tuple[str, ...] = ()
 
     def annotate(self, batch: Batch, needs: object) -> Batch:
         return batch

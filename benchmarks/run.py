@@ -32,6 +32,7 @@ NAMES = (
     "controller",
     "vllm_throughput",
     "decoding",
+    "ppo_step",
     "transport",
     "asynchronous",
     "simulate",

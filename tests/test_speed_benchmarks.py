@@ -28,6 +28,14 @@ def test_the_runner_keeps_what_a_benchmark_measured_and_the_report_shows_it(tmp_
     assert found["title"] in page and "these numbers show that the benchmarks work, nothing else" in page
 
 
+def test_a_step_of_ppo_is_measured_beside_one_of_grpo(tmp_path):
+    done = run("benchmarks/ppo_step.py", "--quick", "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = json.loads((tmp_path / "result.json").read_text())["tables"]
+    assert [row["step"] for row in table["rows"]] == ["grpo", "ppo, head", "ppo, quarter", "ppo, equal"]
+    assert all(row["CPU seconds"] > 0 for row in table["rows"])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["vllm_throughput", "decoding", "transport", "quickstart"])
 def test_the_benchmarks_of_the_real_engines_run(name, tmp_path):
