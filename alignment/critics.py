@@ -76,6 +76,9 @@ class ModelCritic:
     def __post_init__(self) -> None:
         if self.model is not None and self.start is not None:
             raise UserError("takes one of 'model' and 'start'; both are given")
+        if self.model is not None and (self.model.path is None) == (self.model.build is None):
+            found = "neither is given" if self.model.path is None else "both are given"
+            raise UserError(f"model takes one of 'path' (a folder or a hub id) and 'build' (a new model); {found}")
         if self.head == "vocabulary" and self.loss.outputs > 1:
             raise UserError("head 'vocabulary' has one number per token, so its loss must be 'scalar'")
 

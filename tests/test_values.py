@@ -155,6 +155,7 @@ def test_a_value_model_needs_the_policys_vocabulary(tmp_path):
         ({"critic": "model"}, "has nothing to learn from, since the advantage makes no returns: .* gae"),
         ({**PPO, "critic": "read_out"}, "is a view of a critic, for prompt_value"),
         ({**PPO, "critic": {"name": "model", "head": "vocabulary"}}, "'vocabulary' has no value of a prompt's end"),
+        ({**PPO, "critic": {"name": "model", "model": {"dtype": "bfloat16"}}}, "takes one of 'path'.*neither is given"),
         ({"prompt_value": "read_out"}, "reads the critic, and this stage has none"),
         ({"prompt_value": "head"}, "'head' learns with the policy"),
         (merged(VALUE, {"value_model": {"loss": "hl_gauss", "head": "vocabulary"}}), "must be 'scalar'"),
