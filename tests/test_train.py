@@ -318,6 +318,7 @@ def test_ctrl_c_in_a_shell_exits_130_and_a_killed_run_goes_on(tmp_path):
 
 MATRIX: list[dict[str, Any]] = [
     *({"advantage": a} for a in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo")),
+    {"advantage": "gae"},
     *({"policy_loss": p, "epochs": 2} for p in ("reinforce", "clip", "gspo", "cispo")),
     {"aggregation": "sequence_mean"},
     {"aggregation": "sequence_sum"},
@@ -332,7 +333,8 @@ MATRIX: list[dict[str, Any]] = [
 @pytest.mark.parametrize("algorithm", MATRIX, ids=str)
 def test_every_component_runs_end_to_end(tmp_path, algorithm):
     rewards = [{"name": "format", "pattern": "[0-4].*"}, {"name": "exact_match", "weight": 0.5}]
-    change = {"rewards": rewards, "stages": {0: {"steps": 1}, 1: {"steps": 2, "algorithm": algorithm}}}
+    critic = {"critic": "model"} if algorithm.get("advantage") == "gae" else {}
+    change = {"rewards": rewards, "stages": {0: {"steps": 1}, 1: {"steps": 2, "algorithm": algorithm, **critic}}}
     sink = Recorder()
     alignment.train(tiny(tmp_path, change), sinks=[sink])
     update = sink.records[-1].metrics
