@@ -54,6 +54,9 @@ def test_the_table_has_every_decoding_and_options_are_options():
     ]
     known = {option["name"] for entry in decodings for option in entry.options()}
     assert set(re.findall(r"decoding\.([a-z_]+)=", PAGE)) <= known
-    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= set(
-        re.findall(r"--[a-z][a-z-]+", align("eval", "--help").output)
-    )
+    known = {flag for command in ("eval", "export") for flag in re.findall(r"--[a-z][a-z-]+", help_of(command))}
+    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
+
+
+def help_of(command):
+    return align(command, "--help").output
