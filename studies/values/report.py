@@ -106,7 +106,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     for arm in ("oracle", "rerank", "vas", "vas_vocabulary", "ppo"):
         rows = [row for row in results["arms"] if row["arm"] in ("frozen", arm)]
         for axis, x in ((axes[0], "kl"), (axes[1], "flop")):
@@ -118,15 +118,17 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             axis.errorbar([row[x] * scale for row in own], [r["gold"] for r in own], error, marker=".", label=label)
     axes[0].set(xlabel="KL from the frozen policy, nats per completion", ylabel="gold reward, sd", xlim=(0, 6))
     axes[1].set(xlabel="model passes, MFLOP per completion", ylabel="gold reward, sd", xscale="log")
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].set_ylim(-0.1, 3.2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=8)
     axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].xaxis.set_minor_formatter(ticker.NullFormatter())
-    for head, name in HEADS.items():
+    for i, (head, name) in enumerate(HEADS.items()):
         own = [row for row in results["heads"] if row["head"] == head]
         error = [[row["error"] - _ends(row)[0] for row in own], [_ends(row)[1] - row["error"] for row in own]]
-        axes[2].errorbar([100 * row["noise"] for row in own], [r["error"] for r in own], error, marker=".", label=name)
+        beside = [100 * row["noise"] + 0.5 * (i - 1) for row in own]  # or their intervals would hide each other
+        axes[2].errorbar(beside, [r["error"] for r in own], error, marker=".", label=name)
     axes[2].set(xlabel="corrupted labels, %", ylabel="squared error of values, share of variance")
-    axes[2].legend(fontsize=8)
+    axes[2].legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=80, metadata={"Software": None})
     pyplot.close(figure)
 
