@@ -9,7 +9,7 @@ from alignment.algorithms.value_losses import Scalar, ValueLoss, value_losses
 from alignment.engines.roles import RoleSpec
 from alignment.errors import UserError
 from alignment.origin import Origin
-from alignment.recipe_sections import ModelConfig
+from alignment.recipe_sections import ModelConfig, beside_or_here
 from alignment.registry import Registry, component, option
 from alignment.types import keyed_seed
 
@@ -134,7 +134,6 @@ class ReadOut:
 
 
 def _found(path: str, beside: Path) -> Path:
-    for folder in (beside, Path.cwd()):
-        if (place := folder / Path(path).expanduser()).is_dir():
-            return place.resolve()
-    raise UserError(f"start: there is no folder {path} beside the recipe or in the working directory")
+    if (place := beside_or_here(path, beside)) is None or not place.is_dir():
+        raise UserError(f"start: there is no folder {path} beside the recipe or in the working directory")
+    return place

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from alignment.algorithms.decodings import Decoding, ValueAugmented, decodings
 from alignment.errors import UserError
-from alignment.recipe_sections import Count, Section
+from alignment.recipe_sections import Count, Section, beside_or_here
 from alignment.registry import component
 from alignment.types import Group, Rollout, SamplingParams
 
@@ -82,7 +82,6 @@ def _own_or_found(group: Group) -> tuple[Rollout, ...]:
 
 
 def _found(path: str, beside: Path) -> Path:
-    for folder in (beside, Path.cwd()):
-        if (place := folder / Path(path).expanduser()).is_dir():
-            return place.resolve()
-    raise UserError(f"guidance.decoding: there is no folder {path} beside the recipe or in the working directory")
+    if (place := beside_or_here(path, beside)) is None or not place.is_dir():
+        raise UserError(f"guidance.decoding: there is no folder {path} beside the recipe or in the working directory")
+    return place

@@ -145,6 +145,12 @@ class Lora(Section):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
+def beside_or_here(path: str, beside: Path) -> Path | None:
+    """``path`` in full: in ``beside``, the recipe's folder, or else in the working directory; None if in neither."""
+    places = [folder / Path(path).expanduser() for folder in (beside, Path.cwd())]
+    return next((place.resolve() for place in places if place.exists()), None)
+
+
 class ModelConfig(Section):
     """The model: exactly one of ``path`` (a folder or a hub id) and ``build``."""
 
@@ -160,9 +166,8 @@ class ModelConfig(Section):
     def located(self, beside: Path) -> "ModelConfig":
         """The same with a ``path`` that is a folder in full: it is looked for in ``beside``, the recipe's folder, then
         in the working directory. A path that is in neither stays as it is, a hub id."""
-        folders = [folder / Path(self.path).expanduser() for folder in (beside, Path.cwd())] if self.path else []
-        found = next((folder for folder in folders if folder.exists()), None)
-        return self.model_copy(update={"path": str(found.resolve())}) if found else self
+        found = beside_or_here(self.path, beside) if self.path else None
+        return self.model_copy(update={"path": str(found)}) if found else self
 
 
 class Data(Section):

@@ -1,5 +1,6 @@
 """The stages of a recipe, as typed, frozen records. ``alignment.recipe`` puts them together."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,7 +77,7 @@ class SftStage(Section):
         return Objective.supervised(self.aggregation)
 
 
-class RolloutStage(Section):
+class RolloutStage(Section, ABC):
     """What stages that sample completions of ``data.train`` and score them have in common."""
 
     name: Label
@@ -105,18 +106,21 @@ class RolloutStage(Section):
         return with_selector(value)
 
     @property
+    @abstractmethod
     def credited(self) -> Algorithm:
         """What makes returns, and, for a policy that is trained, the loss."""
-        raise NotImplementedError
+        ...
 
     @property
+    @abstractmethod
     def values(self) -> Critic | None:
         """The value model that learns from each batch."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def policy_rests(self, stage_step: int) -> bool:
         """Whether the step trains models beside the policy alone."""
-        raise NotImplementedError
+        ...
 
     def decoding(self, folder: Path) -> Decoding | None:
         """How rollouts that ask for it are steered; ``folder`` is where relative paths start."""

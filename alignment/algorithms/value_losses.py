@@ -86,17 +86,21 @@ class Scalar:
         return torch.maximum(loss, 0.5 * (near - target).square())
 
 
+@value_losses.register("two_hot", source=_STOP_REGRESSING, evidence="end to end")
 @dataclass(frozen=True)
-class _Histogram:
-    """A distribution over bins; its mean is the value. The loss is a cross-entropy with a target distribution."""
+class TwoHot:
+    """Cross-entropy with the two supports next to the return, weighted so that their mean is the return.
+
+    The supports are ``bins + 1`` points from ``low`` to ``high``, ends included. For ``z_k <= y <= z_{k+1}``:
+    ``p_{k+1} = (y - z_k) / (z_{k+1} - z_k)`` and ``p_k = 1 - p_{k+1}``. Returns outside count as the nearest end.
+    """
 
     low: Annotated[float, option("smallest return that is told apart from smaller ones")] = 0.0
     high: Annotated[float, option("largest return that is told apart from larger ones")] = 1.0
     bins: Annotated[int, option("bins between low and high", ge=2)] = 51
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise UserError(f"low ({self.low}) must be below high ({self.high}), the range of returns")
+        _check_range(self.low, self.high)
 
     @property
     def width(self) -> float:
@@ -105,43 +109,21 @@ class _Histogram:
 
     @cached_property
     def centres_M(self) -> Tensor:
-        """float64 centres of all bins."""
-        raise NotImplementedError
+        """float64 supports."""
+        return torch.linspace(self.low, self.high, self.bins + 1, dtype=torch.float64)
 
     @property
     def outputs(self) -> int:
         return len(self.centres_M)
 
     def readout(self, output: Tensor) -> Tensor:
-        return (output.double().softmax(-1) * self.centres_M.to(output.device)).sum(-1).float()
+        return _mean(output, self.centres_M)
 
     def outside(self, target: Tensor) -> Tensor:
         return (target < self.low) | (target > self.high)
 
     def target(self, value: Tensor) -> Tensor:
         """``[..., M]`` float64 distribution that stands for ``value``."""
-        raise NotImplementedError
-
-    def __call__(self, output: Tensor, target: Tensor, old: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            wanted = self.target(target).to(torch.float32)
-        return -(wanted * output.float().log_softmax(-1)).sum(-1)
-
-
-@value_losses.register("two_hot", source=_STOP_REGRESSING, evidence="end to end")
-@dataclass(frozen=True)
-class TwoHot(_Histogram):
-    """Cross-entropy with the two supports next to the return, weighted so that their mean is the return.
-
-    The supports are ``bins + 1`` points from ``low`` to ``high``, ends included. For ``z_k <= y <= z_{k+1}``:
-    ``p_{k+1} = (y - z_k) / (z_{k+1} - z_k)`` and ``p_k = 1 - p_{k+1}``. Returns outside count as the nearest end.
-    """
-
-    @cached_property
-    def centres_M(self) -> Tensor:
-        return torch.linspace(self.low, self.high, self.bins + 1, dtype=torch.float64)
-
-    def target(self, value: Tensor) -> Tensor:
         place = ((value.double().clamp(self.low, self.high) - self.low) / self.width).clamp(0, self.bins)
         below = place.floor().clamp(max=self.bins - 1).long()
         share = (place - below)[..., None]
@@ -149,10 +131,13 @@ class TwoHot(_Histogram):
         wanted.scatter_(-1, below[..., None], 1 - share)
         return wanted.scatter_(-1, below[..., None] + 1, share)
 
+    def __call__(self, output: Tensor, target: Tensor, old: Tensor | None = None) -> Tensor:
+        return _cross_entropy(output, self.target(target))
+
 
 @value_losses.register("hl_gauss", source=_STOP_REGRESSING, evidence="end to end")
 @dataclass(frozen=True)
-class HlGauss(_Histogram):
+class HlGauss:
     """Cross-entropy with a Gaussian around the return, as a histogram.
 
     ``p_i = [Phi((e_i - y) / sigma) - Phi((e_{i-1} - y) / sigma)] / [Phi((e_m - y) / sigma) - Phi((e_0 - y) / sigma)]``
@@ -163,8 +148,19 @@ class HlGauss(_Histogram):
     Unverified: that most of the mass in about six bins is what the paper recommends 0.75 for.
     """
 
+    low: Annotated[float, option("smallest return that is told apart from smaller ones")] = 0.0
+    high: Annotated[float, option("largest return that is told apart from larger ones")] = 1.0
+    bins: Annotated[int, option("bins between low and high", ge=2)] = 51
     sigma_ratio: Annotated[float, option("standard deviation of the Gaussian, in widths of a bin", gt=0)] = 0.75
     pad_sigmas: Annotated[float, option("how far the support goes beyond low and high", unit="sigmas", ge=0)] = 4.0
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high)
+
+    @property
+    def width(self) -> float:
+        """Of a bin."""
+        return (self.high - self.low) / self.bins
 
     @property
     def sigma(self) -> float:
@@ -180,12 +176,42 @@ class HlGauss(_Histogram):
 
     @cached_property
     def centres_M(self) -> Tensor:
+        """float64 centres of all bins."""
         return (self.edges[1:] + self.edges[:-1]) / 2
 
+    @property
+    def outputs(self) -> int:
+        return len(self.centres_M)
+
+    def readout(self, output: Tensor) -> Tensor:
+        return _mean(output, self.centres_M)
+
+    def outside(self, target: Tensor) -> Tensor:
+        return (target < self.low) | (target > self.high)
+
     def target(self, value: Tensor) -> Tensor:
+        """``[..., M]`` float64 distribution that stands for ``value``."""
         value = value.double().clamp(self.low, self.high)[..., None]
         below = torch.special.ndtr((self.edges.to(value.device) - value) / self.sigma)
         return (below[..., 1:] - below[..., :-1]) / (below[..., -1:] - below[..., :1])
+
+    def __call__(self, output: Tensor, target: Tensor, old: Tensor | None = None) -> Tensor:
+        return _cross_entropy(output, self.target(target))
+
+
+def _check_range(low: float, high: float) -> None:
+    if not low < high:
+        raise UserError(f"low ({low}) must be below high ({high}), the range of returns")
+
+
+def _mean(output: Tensor, centres_M: Tensor) -> Tensor:
+    """The mean of the distribution over ``centres_M`` whose logits are ``output``."""
+    return (output.double().softmax(-1) * centres_M.to(output.device)).sum(-1).float()
+
+
+def _cross_entropy(output: Tensor, wanted: Tensor) -> Tensor:
+    """Of the distribution whose logits are ``output``, against ``wanted``, which has no gradient."""
+    return -(wanted.detach().float() * output.float().log_softmax(-1)).sum(-1)
 
 
 @dataclass(frozen=True)
