@@ -127,6 +127,7 @@ def test_demonstrations_that_a_value_model_found_teach_what_the_policy_could_not
     }
     sink, _ = run(tmp_path, guidance, steps=16, algorithm={"advantage": "dr_grpo", "correction": None})
     steps = [r.metrics for r in sink.records if r.kind == "train" and r.stage == "rl"]
+    assert any(step["sampled_tokens"] < step["tokens"] for step in steps), "some tokens were imitated, not weighed"
     right = [step["unguided/accuracy"] for step in steps]
     assert sum(right[-4:]) / 4 > sum(right[:4]) / 4 + 0.2
 

@@ -1,6 +1,7 @@
 """Weightings, the entropy bonus, and the mixer that mixes nothing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ def test_fixed_is_the_weighted_sum_of_what_applies(make_batch):
     reward_B = Fixed().scalarise(None, make_batch(REWARDS, weights=[2.0, 0.5]))
     assert reward_B[:3].tolist() == [4.0, 2.0, 2.0]
     assert reward_B[3].isnan()
+
+
+def test_a_completion_without_an_end_may_have_a_reward_of_its_own(make_batch):
+    """Tulu 3: -10 in place of whatever the verifier says; what no component applies to stays without a reward."""
+    truncated = torch.tensor([True, True, False, True])
+    batch = replace(make_batch(REWARDS, weights=[2.0, 0.5]), truncated_B=truncated)
+    reward_B = Fixed(truncated=-10.0).scalarise(None, batch)
+    assert reward_B[:3].tolist() == [-10.0, -10.0, 2.0] and reward_B[3].isnan()
+    assert Fixed().scalarise(None, batch)[:3].tolist() == [4.0, 2.0, 2.0]
 
 
 def test_normalised_is_the_weighted_mean_of_what_applies(make_batch):
