@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from alignment.alarms import Alarms
 from alignment.algorithms.objective import Objective
 from alignment.batching import collate
 from alignment.checkpoint import Checkpoints, Saved, save_state
@@ -25,7 +26,7 @@ from alignment.ledger import Ledger
 from alignment.metrics import Phases, Record, Sink
 from alignment.models import Model, decode, stop_ids
 from alignment.positions import max_positions
-from alignment.recipe import Recipe, RolloutStage, Sampling, Stage
+from alignment.recipe import OnlineStage, Recipe, RolloutStage, Sampling, Stage
 from alignment.rollouts import Player
 from alignment.runs import Run
 from alignment.scoring import Scorer
@@ -51,6 +52,7 @@ class Job:
     phases: Phases = field(default_factory=Phases)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     """By run step."""
+    alarms: Alarms = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time by stage name, over all resumes."""
     engines: Engines = field(init=False)
@@ -60,6 +62,9 @@ class Job:
     """False between an update of the learner and the step that ``state`` counts it as: nothing may be saved then."""
     _clock: float = field(default_factory=time.monotonic)
     _meanwhile: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.alarms = Alarms(self.recipe.run.alarm_window)
 
     @property
     def seed(self) -> int:
@@ -192,6 +197,7 @@ class Job:
         self._tick()
         timed = self.phases.flush(**{name: int(metrics.get(name, 0)) for name in ("tokens", "rollouts")})
         self.sink.log(self._record(state.step, state.stage_step, "train", {**metrics, **timed}))
+        self._look_for_trouble(metrics)
         every = self.recipe.run.rollouts_every
         if groups and every and (state.step % every == 0 or state.stage_step == 1):
             self.sink.rollouts(state.step, self.stage.name, groups)
@@ -224,6 +230,7 @@ class Job:
             )
         self.saved_step = saved.step
         self.seconds = dict(saved.meta["seconds"])
+        self.alarms = Alarms.from_json(self.recipe.run.alarm_window, saved.meta["alarms"])
         for step, found in saved.meta["evaluations"].items():
             self.evaluations[int(step)] = Evaluation(**{**found, "interval": tuple(found["interval"])})
 
@@ -237,12 +244,21 @@ class Job:
                 str(step): {**asdict(e), "interval": list(e.interval)} for step, e in self.evaluations.items()
             }
             meta = {"seconds": self.seconds, "evaluations": evaluations, "data": self.data.digests}
+            meta["alarms"] = self.alarms.to_json()
             world_size = getattr(self.stage.learner, "ranks", 1)
             about = {"config_hash": digest(self.recipe.resolved()), "world_size": world_size}
             self.checkpoints.save(self.state.step, self._write, {**meta, **about})
         if self._is_best():
             self.checkpoints.mark_best(self.state.step, self.evaluations[self.state.step].accuracy)
         self.saved_step = self.state.step
+
+    def _look_for_trouble(self, metrics: Mapping[str, float]) -> None:
+        """Says which alarms begin with this step."""
+        stage, state = self.stage, self.state
+        if isinstance(stage, OnlineStage) and not stage.policy_rests(state.stage_step - 1):
+            place, compares = f"stages.{state.stage}", stage.values is None
+            for alarm in self.alarms.after(state.step, stage.name, place, metrics, of_groups=compares):
+                log.warning("step %d: %s", state.step, alarm)
 
     def _check_stop(self) -> None:
         if self.settled:

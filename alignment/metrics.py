@@ -109,6 +109,19 @@ def _deviation(values: Sequence[float], mean: float) -> float:
     return math.sqrt(_mean([(value - mean) ** 2 for value in values])) if values else math.nan
 
 
+def _reward_length_correlation(groups: Sequence[Group]) -> float:
+    """Over scored rollouts of the policy, within groups; NaN where rewards or lengths do not vary there."""
+    xx = yy = xy = 0.0
+    for group in groups:
+        pairs = [
+            (r.reward, len(r.token_ids)) for r in group.rollouts if r.reward is not None and r.source != "demonstration"
+        ]
+        x_mean, y_mean = _mean([x for x, _ in pairs]), _mean([y for _, y in pairs])
+        for x, y in pairs:
+            xx, yy, xy = xx + (x - x_mean) ** 2, yy + (y - y_mean) ** 2, xy + (x - x_mean) * (y - y_mean)
+    return xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else math.nan
+
+
 def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None) -> dict[str, float]:
     """The metrics of the rollouts that were sampled for one step; a mean over nothing is NaN.
 
@@ -121,7 +134,8 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
         value; ``reward/<component>``, the mean where it applies; ``status/<status>``, the scores with that status;
         ``unscored`` and ``truncated``, shares of the rollouts; ``length`` and ``length_max`` in tokens;
         ``zero_variance``, the share of groups whose scored rewards are all equal, so that nothing is learned from
-        them; ``dropped/<component>`` and ``dropped_groups``; the counts ``groups``, ``rollouts`` and
+        them; ``reward_length_correlation``, Pearson's, of what is left of both when each group's mean is taken away;
+        ``dropped/<component>`` and ``dropped_groups``; the counts ``groups``, ``rollouts`` and
         ``completion_tokens`` (observations included).
     """
     dropped = dropped or {}
@@ -138,6 +152,7 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
         "truncated": _mean([r.finish_reason == "length" for r in rollouts]),
         "length": _mean(lengths),
         "length_max": max(lengths, default=0),
+        "reward_length_correlation": _reward_length_correlation(groups),
         "zero_variance": _mean([len(set(g.rewards)) <= 1 for g in groups]),
         "dropped_groups": sum(dropped.values()),
         "groups": len(groups),
@@ -210,6 +225,7 @@ def build_result(
     best: Mapping[str, Any] | None,
     folder: Path,
     files: Mapping[str, str],
+    alarms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What ``result.json`` holds: JSON values only.
 
@@ -221,6 +237,7 @@ def build_result(
         best: Step and accuracy of the best checkpoint.
         folder: The run's folder.
         files: What was written: path inside the folder, and what it is.
+        alarms: Those that were raised, as :meth:`alignment.alarms.Alarms.report` describes them.
     """
     return {
         "status": status,
@@ -237,6 +254,7 @@ def build_result(
         ],
         "eval": {"before": before and dict(before), "after": after and dict(after)},
         "best": best and dict(best),
+        "alarms": [dict(alarm) for alarm in alarms],
         "folder": str(folder),
         "files": dict(files),
     }

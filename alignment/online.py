@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from alignment.algorithms.advantages import advantage_metrics
 from alignment.algorithms.credit import credit
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import observe
@@ -50,7 +51,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         job.settled = False
         with phases("update"), job.meanwhile(collector.pump):
             watched = Watched(objective) if objective and job.engines.in_process else objective
-            metrics = learner.update(batch, watched) | batch_metrics(batch)
+            metrics = learner.update(batch, watched) | batch_metrics(batch) | advantage_metrics(batch)
             for slot in sorted(slots.keys() - {"rl"}):
                 metrics |= supervise(job, slots[slot], sealed.state.step, slot)
         metrics |= job.publish(sealed.state.step + 1)

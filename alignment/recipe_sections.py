@@ -113,6 +113,8 @@ class Run(Section):
     """How often rollouts are written in full."""
     flight_steps: Cadence = 4
     """Steps that the flight recorder keeps for ``align replay``."""
+    alarm_window: Cadence = 20
+    """Steps over which alarms (entropy collapse, truncation, ...) take their means; 0 turns them off."""
     sinks: tuple[Annotated[Sink, BeforeValidator(SINKS)], ...] = (ConsoleSink(), JsonlSink())
 
     @property

@@ -31,7 +31,7 @@ def plain_values(value: Any) -> Any:
 
 
 _MAY_CHANGE = re.compile(
-    r"run\.(save_every|rollouts_every|keep_last|flight_steps|sinks(\..+)?)|evaluation\.every|scoring\.workers"
+    r"run\.(save_every|rollouts_every|keep_last|flight_steps|alarm_window|sinks(\..+)?)|evaluation\.every|scoring\.workers"
     r"|stages\.\d+\.(steps|cluster(\..+)?|learner\.(ranks|zero_stage|timeout_s))"
 )
 _IDENTITY = ("run.name", "run.output")

@@ -61,7 +61,7 @@ def train(
 
     Returns:
         What ``result.json`` holds: ``status`` (``complete`` or ``interrupted``), ``stages``, ``eval``, ``best``,
-        ``data``, ``folder``, ``files``; and ``exit_code``: 0, 130 after Ctrl-C, 75 after SIGTERM.
+        ``alarms``, ``data``, ``folder``, ``files``; and ``exit_code``: 0, 130 after Ctrl-C, 75 after SIGTERM.
 
     Raises:
         RecipeError: The recipe is wrong; every mistake at once. Or completions do not fit the model's positions.
@@ -228,6 +228,7 @@ def _result(job: Job, checkpoints: Checkpoints, status: Any, exit_code: int) -> 
             after=stages[-1].after,
             best={"step": best.step, "accuracy": best.value} if best else None,
             folder=job.run.folder,
+            alarms=job.alarms.report(),
             files={
                 name: what for name, what in FILES.items() if name == "result.json" or (job.run.folder / name).exists()
             },

@@ -55,6 +55,16 @@ def test_vllm_beside_the_torch_learner_in_one_process(tmp_path):
     assert set(Ledger(Path(result["folder"]) / "ledger.jsonl").fates().values()) == {"trained"}
 
 
+def test_batches_too_old_for_their_policy_raise_an_alarm(tmp_path):
+    change = {
+        "run": {"alarm_window": 3, "save_every": 0},
+        "evaluation": {"every": 0},
+        "stages": {1: {"steps": 8, "max_staleness": 1, "learner": {"name": "torch", "lr": 0.05}}},
+    }
+    result = alignment.train(tiny(tmp_path, merged(ONE_PROCESS, change)))
+    assert "stale_data" in {alarm["name"] for alarm in result["alarms"]}, online(result["folder"])
+
+
 @pytest.fixture(scope="module")
 def recorded(live_ray, tmp_path_factory):
     """A run on the real engines, its groups, and a file of its rollouts."""

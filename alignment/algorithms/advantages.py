@@ -14,7 +14,7 @@ from torch import Tensor
 from alignment.algorithms.groups import above_baseline, group_sum
 from alignment.algorithms.values import Returns, Truncation, adaptive_lambda, generalised
 from alignment.registry import Registry, option
-from alignment.types import Batch
+from alignment.types import SOURCES, Batch, masked_mean
 
 
 @runtime_checkable
@@ -268,3 +268,10 @@ class Gae:
             lam=lam,
             truncation=self.truncation,
         )
+
+
+def advantage_metrics(batch: Batch) -> dict[str, float]:
+    """``advantage_abs``: the mean of ``|A|`` over sampled tokens that are trained on; 0 where there is no signal."""
+    assert batch.adv_BT is not None, "credit the batch first"
+    sampled_B = batch.source_B != SOURCES.index("demonstration")
+    return {"advantage_abs": float(masked_mean(batch.adv_BT.abs(), batch.loss_mask_BT & sampled_B[:, None]))}

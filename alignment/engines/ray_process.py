@@ -3,11 +3,13 @@
 import ctypes
 import importlib
 import os
+import random
 import re
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +93,17 @@ def hosted(cls: type) -> type:
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this machine uses now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing on this machine uses now.
+
+    It is below the range that systems take the ports of outgoing connections from: one of those might have it by the
+    time that whoever asked listens on it.
+    """
+    ports = random.SystemRandom().sample(range(20_000, 32_000), 100)
+    for port in ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"none of 100 TCP ports between {min(ports)} and {max(ports)} is free on this machine")
 
 
 def kill_process(pid: int) -> None:
