@@ -54,8 +54,8 @@ class ValueRole:
     def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`ValueObjective`."""
         output = self.backend.forward(micro.ids_BT)
-        if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none
-            return output.sum(), {}
+        if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none: all ranks go backward together
+            return nothing_of(output), {}
         return self.objective.loss(output, micro)
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -239,6 +239,11 @@ def prompt_batch(prompts: Sequence[Sequence[int]], targets: Tensor | None = None
         key_B=torch.arange(rows),
         returns_BT=returns_BT,
     )
+
+
+def nothing_of(output: Tensor) -> Tensor:
+    """0, whose gradient is 0 and goes all the way back, whatever ``output`` holds."""
+    return torch.where(torch.zeros_like(output, dtype=torch.bool), output, 0.0).sum()
 
 
 def _readout(output: Tensor, shape: ValueShape, micro: Batch) -> dict[str, Tensor]:

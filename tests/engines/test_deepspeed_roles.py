@@ -27,13 +27,18 @@ ROLES: dict[str, dict[str, Any]] = {
 
 
 def advance(learner: PolicyLearner, count: int, start: int = 0) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """Updates with critic and prompt value model; metrics, and what they say in the end."""
+    """Updates with critic and prompt value model; metrics, and what they say in the end.
+
+    The second has one row and one prompt, so that a rank of several has none of its own.
+    """
     found: list[dict[str, float]] = []
     for step in range(start, start + count):
-        batch = with_returns(batches(step + 1)[step])
+        few = step == 1
+        batch, prompts = with_returns(batches(step + 1, 1 if few else 9)[step]), PROMPTS[:1] if few else PROMPTS
         values_BT = learner.annotate(replace(batch, values_BT=None), {"values", "old_logp"}).values_BT
         found.append(learner.update(replace(batch, values_BT=values_BT), grpo(minibatches=2)))
-        found[-1] |= {f"fit/{k}": v for k, v in learner.fit("prompt_value", PROMPTS, torch.arange(5) / 5).items()}
+        targets = (torch.arange(len(prompts)) + 1) / 5
+        found[-1] |= {f"fit/{k}": v for k, v in learner.fit("prompt_value", prompts, targets).items()}
     last = learner.annotate(replace(with_returns(batches(1)[0]), values_BT=None), {"values"})
     assert last.values_BT is not None
     return found, numbers({"values": last.values_BT, "prompts": learner.predict("prompt_value", PROMPTS)})
