@@ -145,7 +145,15 @@ def _check_shape(folder: Path, top_k: int) -> None:
 
 
 def positions_of(folder: Path) -> int | None:
-    """Tokens of the longest row that a saved model can take; None where it does not say."""
+    """Tokens of the longest row that a saved model can take; None where it does not say.
+
+    Raises:
+        UserError: The folder has no configuration that can be read.
+    """
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its configuration cannot be read: {error}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
