@@ -76,7 +76,7 @@ def test_roles_learn_as_with_the_torch_learner_and_go_on_exactly(worlds, tmp_pat
         assert one == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in other.items()}
     for name in said:
         np.testing.assert_allclose(ours[name], said[name], rtol=0, atol=1e-5, err_msg=name)
-    assert np.abs(said["values"]).max() > 1e-2
+    assert np.abs(said["values"]).max() > 5e-3
     (after, again), continued = worlds(2).run(
         Call(on_rank, {"zero_stage": stage, "eps": 1e-3}), kind, module, str(tmp_path)
     )[0]

@@ -17,7 +17,17 @@ from alignment.engines.value_model import ValueModel, ValueShape
 from alignment.engines.value_roles import HeadRole, HeadRoleSpec, nothing_of, prompt_batch
 from alignment.partition import Share
 from alignment.types import Batch, Prompt
-from tests.engines.helpers import Reinforce, assert_close, critic, learner_of, make_batch, tiny, widen, with_returns
+from tests.engines.helpers import (
+    Made,
+    Reinforce,
+    assert_close,
+    critic,
+    learner_of,
+    make_batch,
+    tiny,
+    widen,
+    with_returns,
+)
 
 SHARED = HeadRoleSpec(ValueShape(Scalar()), coefficient=0.5, lr_ratio=2.0)
 
@@ -210,6 +220,32 @@ def test_nothing_of_an_output_is_0_whatever_it_holds() -> None:
     output = torch.tensor([1.0, torch.inf, torch.nan], requires_grad=True)
     nothing_of(output).backward()
     assert nothing_of(output) == 0 and output.grad is not None and output.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_dropout_differs_from_update_to_update_while_the_policy_rests(tmp_path: Path) -> None:
+    spec = critic(epochs=1, minibatches=1, options={"lr": 1e-30})  # its weights stay: only dropout tells updates apart
+    spec = replace(spec, origin=Made(architecture="GPT2"))
+
+    def made() -> TorchLearner:
+        learner = with_critic(spec)
+        with torch.no_grad():
+            for p in module_of(learner).parameters():
+                p.add_(0.1)
+        for module in module_of(learner).modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        return learner
+
+    learner, batch = made(), with_returns(make_batch())
+    first = learner.update(batch, None)["critic/value_loss"]
+    learner.save(tmp_path)
+    second = learner.update(batch, None)["critic/value_loss"]
+    assert first != pytest.approx(second, rel=1e-3)
+    again = made()
+    again.restore(tmp_path)
+    assert again.update(batch, None)["critic/value_loss"] == second
+    beside = made()
+    assert beside.update(batch, Reinforce())["critic/value_loss"] == first, "whatever the policy does before it"
 
 
 # Prompts
