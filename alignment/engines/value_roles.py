@@ -117,6 +117,8 @@ class ValueRoleSpec:
     """Of the learner, where they are others than the policy's: ``lr``, ``warmup_steps`` and the like."""
     epochs: int = 1
     minibatches: int = 1
+    ahead: int = 0
+    """Updates that it has before the policy's first, and its schedule more than the policy's."""
     of_prompts: bool = False
 
     def build(self, backend: Backend, config: Any, total_updates: int) -> ValueRole:
@@ -133,7 +135,7 @@ class ValueRoleSpec:
                 " so it needs the policy's vocabulary"
             )
         own = backend.beside(model, replace(config, **(self.options or {})))
-        slot = own.slot(total_updates)
+        slot = own.slot(total_updates + self.ahead)
         return ValueRole(own, slot, self.shape, self.epochs, self.minibatches, self.of_prompts)
 
     def make(self) -> tuple[ValueModel, nn.Module | None]:
