@@ -175,7 +175,10 @@ class RolloutStage(Section, ABC):
                     algorithm.minibatches,
                     ahead=self.resting_steps,
                 )
-                roles[name] = critic.role(here)
+                role = critic.role(here)
+                if not isinstance(role, str):
+                    role.check(site.model)
+                roles[name] = role
         return roles
 
 

@@ -144,8 +144,11 @@ def test_a_critic_with_adapters_is_exported_with_whole_weights(tmp_path):
 
 def test_a_value_model_needs_the_policys_vocabulary(tmp_path):
     stage = merged(VALUE, {"value_model": {"model": {"build": {"alphabet": "01"}}}})
-    with pytest.raises(UserError, match="knows 4 tokens and the policy 14"):
+    with pytest.raises(UserError, match="the value model and the policy .* vocabularies: 4 and 14 tokens"):
         alignment.train(tiny(tmp_path, changed(stage)))
+    other = merged(VALUE, {"value_model": {"model": {"build": {"alphabet": "0123456789+X"}}}})
+    with pytest.raises(UserError, match="14 and 14 tokens, and '='"):
+        alignment.train(tiny(tmp_path, changed(other, run={"name": "other"})))
 
 
 @pytest.mark.parametrize(

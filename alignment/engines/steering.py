@@ -109,12 +109,21 @@ def check_vocabulary(model: Model, folder: Path) -> None:
         other: Tokenizer = AutoTokenizer.from_pretrained(folder)  # pyright: ignore[reportAssignmentType]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    compare_vocabularies(model, other, str(folder))
+
+
+def compare_vocabularies(model: Model, other: Tokenizer, name: str) -> None:
+    """Refuses a tokenizer, that of the model ``name``, with other tokens or numbers for them than the policy's.
+
+    Raises:
+        UserError: They differ; the message names both.
+    """
     own, there = model.tokenizer.get_vocab(), other.get_vocab()
     if own == there:
         return
     token = min(t for t in own.keys() | there.keys() if own.get(t) != there.get(t))
     raise UserError(
-        f"{folder} and the policy {model.name} have different vocabularies: {len(there)} and {len(own)} tokens, and"
+        f"{name} and the policy {model.name} have different vocabularies: {len(there)} and {len(own)} tokens, and"
         f" {token!r} is number {there.get(token)} and {own.get(token)}; use a model with the policy's tokenizer"
     )
 

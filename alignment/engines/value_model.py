@@ -96,6 +96,8 @@ class ValueModel(nn.Module):
         config: Any = body.config
         text = config.get_text_config()
         self.config = config
+        self.rows: int = text.vocab_size
+        """Of its embeddings. A policy's output may have more, which no token has."""
         self.body = body
         self.head = ValueHead(text.hidden_size, text.vocab_size, shape)
         self.shape = shape
@@ -109,6 +111,7 @@ class ValueModel(nn.Module):
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """What the head puts out for the state after each token; rows are padded on the right."""
+        ids_BT = ids_BT.clamp(max=self.rows - 1)
         hidden_BTH = self.body(input_ids=ids_BT, use_cache=False).last_hidden_state
         return self.head(hidden_BTH, ids_BT)
 

@@ -248,6 +248,17 @@ def test_dropout_differs_from_update_to_update_while_the_policy_rests(tmp_path: 
     assert beside.update(batch, Reinforce())["critic/value_loss"] == first, "whatever the policy does before it"
 
 
+def test_tokens_of_a_padded_output_are_read_as_the_last_token_that_the_value_model_has() -> None:
+    learner = learner_of(tiny(vocab_size=26), roles={"critic": critic(kind="vocabulary"), "other": critic()})
+    batch = with_returns(make_batch())  # the value models have 19 rows
+    learner.update(batch, Reinforce())
+    ids_BT = torch.where(batch.ids_BT == 18, 25, batch.ids_BT)
+    assert (ids_BT == 25).any()
+    for role in learner.roles.values():
+        with torch.no_grad():
+            assert torch.equal(role.backend.module(ids_BT), role.backend.module(batch.ids_BT))
+
+
 # Prompts
 
 
