@@ -30,6 +30,8 @@ class Circumstances:
     """Reward components that have values of their own; empty: one value for all."""
     epochs: int = 1
     minibatches: int = 1
+    ahead: int = 0
+    """Updates that they have before the policy's first."""
 
 
 @runtime_checkable
@@ -99,6 +101,7 @@ class ModelCritic:
             options={name: value for name, value in options.items() if value is not None},
             epochs=self.epochs or here.epochs,
             minibatches=self.minibatches or here.minibatches,
+            ahead=here.ahead,
             of_prompts=here.name == "prompt_value",
         )
 

@@ -245,14 +245,17 @@ def _sizes(recipe: "Recipe", stage: "Rollouts", place: Place) -> Iterator[Confli
         )
     parts = {("algorithm", "advantage"): stage.credited.advantage}
     parts |= {("curricula", i): c for i, c in enumerate(stage.curricula)}
+    guidance = getattr(stage, "guidance", None)
+    found = guidance.rollouts if guidance is not None and guidance.use == "demonstrations" else 0
     for where, part in parts.items():
         least = getattr(part, "min_group_size", 1)
-        if stage.group_size < least:
+        if stage.group_size - found < least:
+            but = f", of which guidance takes {found} from the policy," if found else ""
             yield Conflict(
                 (*place, "group_size"),
-                f"{stage.group_size} is too small: {'.'.join(map(str, where))} compares the completions of a prompt "
-                f"with each other and needs at least {least}",
-                ((*place, *where[:2]),),
+                f"{stage.group_size}{but} is too small: {'.'.join(map(str, where))} compares the completions of a "
+                f"prompt with each other and needs at least {least + found}",
+                ((*place, *where[:2]), *([(*place, "guidance")] if found else [])),
             )
 
 
@@ -268,6 +271,9 @@ def _values(stage: "Rollouts", place: Place) -> Iterator[Conflict]:
     if kind == "model" and stage.stage == "online" and getattr(stage.values, "head", None) == "vocabulary":
         message = "'vocabulary' has no value of a prompt's end, which advantages need: use 'state'"
         yield Conflict((*here, "head"), message)
+    if stage.resting_steps >= stage.steps:
+        message = f"{stage.resting_steps} leaves the policy none of the stage's {stage.steps} steps: take fewer"
+        yield Conflict((*here, "pretraining_steps"), message, ((*place, "steps"),))
     if stage.values is not None and not hasattr(stage.credited.advantage, "returns"):
         makers = ", ".join(entry.name for entry in advantages if hasattr(entry.cls, "returns"))
         message = f"has nothing to learn from, since the advantage makes no returns: take algorithm.advantage {makers}"

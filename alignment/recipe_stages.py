@@ -61,6 +61,11 @@ class SftStage(Section):
         """None of its components has a state."""
         return {}
 
+    @property
+    def resting_steps(self) -> int:
+        """None."""
+        return 0
+
     def policy_rests(self, stage_step: int) -> bool:
         """Never."""
         return False
@@ -135,6 +140,11 @@ class RolloutStage(Section, ABC):
         return groups
 
     @property
+    def resting_steps(self) -> int:
+        """First steps in which a policy that learns afterwards rests: its schedule is shorter by them."""
+        return 0
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any component compares the policy with a reference."""
         return "reference" in self.credited.needs
@@ -156,8 +166,19 @@ class RolloutStage(Section, ABC):
             if critic is not None:
                 assert site.model.origin is not None, "a model of a recipe has an origin"
                 own = streams if name == "critic" else ()
-                here = Circumstances(site.model.origin, site.folder, name, own, algorithm.epochs, algorithm.minibatches)
-                roles[name] = critic.role(here)
+                here = Circumstances(
+                    site.model.origin,
+                    site.folder,
+                    name,
+                    own,
+                    algorithm.epochs,
+                    algorithm.minibatches,
+                    ahead=self.resting_steps,
+                )
+                role = critic.role(here)
+                if not isinstance(role, str):
+                    role.check(site.model)
+                roles[name] = role
         return roles
 
 
@@ -200,9 +221,14 @@ class OnlineStage(RolloutStage):
         """What the guidance leaves of them."""
         return groups if self.guidance is None else self.guidance.trained(groups)
 
+    @property
+    def resting_steps(self) -> int:
+        """Those in which the critic is trained ahead."""
+        return getattr(self.critic, "pretraining_steps", 0)
+
     def policy_rests(self, stage_step: int) -> bool:
         """While the critic is trained ahead."""
-        return stage_step < getattr(self.critic, "pretraining_steps", 0)
+        return stage_step < self.resting_steps
 
 
 class ValueStage(RolloutStage):

@@ -45,6 +45,17 @@ def test_every_command_runs_one_after_the_other(tmp_path, monkeypatch):
     ).is_file()
 
 
+def test_the_commands_that_a_recipe_names_are_whole():
+    text = (ROOT / "recipes/quickstart_values.yaml").read_text(encoding="utf-8").split("\nrun:")[0]
+    lines = text.replace("#", " ").replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if line.strip().startswith("align ")]
+    assert len(commands) == 3
+    for _, command, *rest in commands:
+        shown = [shlex.split(line)[2:] for line in COMMANDS if line.startswith(f"align {command} ")]
+        options = {tuple(o for o in line if o.startswith("--")) for line in shown}
+        assert tuple(o for o in rest if o.startswith("--")) in options, f"{command} {rest}: docs/values.md has {shown}"
+
+
 @pytest.mark.parametrize("number", range(len(STAGES)))
 def test_the_stages_load(number, tmp_path):
     values: Any = YAML(typ="safe").load(BASE)

@@ -132,6 +132,9 @@ def test_demonstrations_that_a_value_model_found_teach_what_the_policy_could_not
     assert sum(right[-4:]) / 4 > sum(right[:4]) / 4 + 0.2
 
 
+GUIDED = {"decoding": {"name": "value_augmented", "models": "v"}}
+
+
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
@@ -140,6 +143,10 @@ def test_demonstrations_that_a_value_model_found_teach_what_the_policy_could_not
         (
             {"guidance": {"decoding": {"name": "value_augmented", "models": "v"}}, "algorithm": {"correction": None}},
             "needs importance weights: set algorithm.correction",
+        ),
+        (
+            {"guidance": {**GUIDED, "rollouts": 3, "use": "demonstrations"}, "algorithm": {"advantage": "grpo"}},
+            "group_size: 4, of which guidance takes 3 from the policy, is too small: .* needs at least 5",
         ),
         ({"guidance": {"decoding": {"name": "value_augmented", "modles": "v"}}}, "did you mean 'models'"),
     ],

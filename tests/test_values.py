@@ -79,9 +79,12 @@ def test_the_critic_learns_what_the_policy_gets_and_is_told_how_well(tmp_path):
 
 
 def test_the_policy_rests_while_the_critic_is_trained_ahead(tmp_path):
-    stage = {**PPO, "steps": 3, "critic": {"name": "model", "pretraining_steps": 2}}
+    learner = {"name": "torch", "lr": 1e-3, "schedule": "linear", "min_lr_ratio": 0.0}
+    stage = {**PPO, "steps": 4, "critic": {"name": "model", "pretraining_steps": 2}, "learner": learner}
     result = alignment.train(tiny(tmp_path, changed(stage)))
-    ahead, still, then = metrics(result["folder"])
+    ahead, still, then, last = metrics(result["folder"])
+    assert [row["lr"] for row in (then, last)] == pytest.approx([1e-3, 0.5e-3]), "its schedule is of its own updates"
+    assert last["critic/lr"] == pytest.approx(0.25e-3)
     assert "loss" not in ahead and "critic/loss" in ahead and "loss" not in still and "loss" in then
     assert ahead["optimizer_steps"] == 0 if "optimizer_steps" in ahead else True
     steps = [row["stage_step"] for row in metrics(result["folder"], "eval")]
@@ -141,8 +144,11 @@ def test_a_critic_with_adapters_is_exported_with_whole_weights(tmp_path):
 
 def test_a_value_model_needs_the_policys_vocabulary(tmp_path):
     stage = merged(VALUE, {"value_model": {"model": {"build": {"alphabet": "01"}}}})
-    with pytest.raises(UserError, match="knows 4 tokens and the policy 14"):
+    with pytest.raises(UserError, match="the value model and the policy .* vocabularies: 4 and 14 tokens"):
         alignment.train(tiny(tmp_path, changed(stage)))
+    other = merged(VALUE, {"value_model": {"model": {"build": {"alphabet": "0123456789+X"}}}})
+    with pytest.raises(UserError, match="14 and 14 tokens, and '='"):
+        alignment.train(tiny(tmp_path, changed(other, run={"name": "other"})))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +162,10 @@ def test_a_value_model_needs_the_policys_vocabulary(tmp_path):
         ({**PPO, "critic": "read_out"}, "is a view of a critic, for prompt_value"),
         ({**PPO, "critic": {"name": "model", "head": "vocabulary"}}, "'vocabulary' has no value of a prompt's end"),
         ({**PPO, "critic": {"name": "model", "model": {"dtype": "bfloat16"}}}, "takes one of 'path'.*neither is given"),
+        (
+            merged(PPO, {"critic": {"pretraining_steps": 4}, "steps": 4}),
+            "pretraining_steps: 4 leaves the policy none of the stage's 4 steps",
+        ),
         ({"prompt_value": "read_out"}, "reads the critic, and this stage has none"),
         ({"prompt_value": "head"}, "'head' learns with the policy"),
         (merged(VALUE, {"value_model": {"loss": "hl_gauss", "head": "vocabulary"}}), "must be 'scalar'"),

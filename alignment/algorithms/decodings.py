@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignment.errors import UserError
 from alignment.registry import Registry, option
@@ -70,7 +70,8 @@ def emulate(
 ) -> Tensor:
     """Logits of emulated fine-tuning: ``l_a + sum_j strength_j (log pi_tuned_ja - log pi_base_ja)``.
 
-    Normalised token by token, which approximates the sequence-level rule. Unverified: that ``top_p`` in the source
+    Tokens that not all models have rows for, which no tokenizer has either, keep the policy's logits. Normalised token
+    by token, which approximates the sequence-level rule. Unverified: that ``top_p`` in the source
     filters the distribution of the policy, as here, and not that of another model.
 
     Args:
@@ -79,16 +80,11 @@ def emulate(
         base_JMV: Logits of the models that these were tuned from.
         strength_MJ: Of each delta; a row of zeros comes back unchanged where ``top_p`` is 1.
         top_p: Tokens outside the policy's smallest set of this probability stay impossible, however large the ratio.
-
-    Raises:
-        UserError: The models have other vocabularies.
     """
-    for logits_JMV in (tuned_JMV, base_JMV):
-        if logits_JMV.shape[1:] != logits_MV.shape:
-            sizes = f"{logits_MV.shape[-1]} tokens, the other {logits_JMV.shape[-1]}"
-            raise UserError(f"emulated fine-tuning needs models of one vocabulary: the policy has {sizes}")
-    delta_JMV = tuned_JMV.log_softmax(-1) - base_JMV.log_softmax(-1)
-    tilted_MV = logits_MV + (strength_MJ.T[:, :, None] * delta_JMV).sum(0)
+    rows = min(logits_MV.shape[1], tuned_JMV.shape[2], base_JMV.shape[2])
+    delta_JMV = tuned_JMV.log_softmax(-1)[..., :rows] - base_JMV.log_softmax(-1)[..., :rows]
+    tilt_MV = (strength_MJ.T[:, :, None] * delta_JMV).sum(0)
+    tilted_MV = logits_MV + nn.functional.pad(tilt_MV, (0, logits_MV.shape[1] - rows))
     if top_p == 1.0:
         return tilted_MV
     sorted_MV, order_MV = logits_MV.softmax(-1, dtype=torch.float64).sort(dim=1, descending=True, stable=True)

@@ -58,7 +58,7 @@ def open_engines(stage: Any, site: Site, seed: int, objectives: Sequence[str] = 
     with ExitStack() as stack:
         site = replace(site, cluster=stack.enter_context(stage.cluster.open(stage, site)))
         roles = stage.roles(site, tuple(objectives))
-        learner = stage.learner.build(site, stage.steps, seed, stage.needs_reference, roles)
+        learner = stage.learner.build(site, stage.steps - stage.resting_steps, seed, stage.needs_reference, roles)
         stack.callback(learner.close)
         sampler = stage.sampler.build(replace(site, decoding=stage.decoding(site.folder)), learner)
         stack.callback(sampler.close)

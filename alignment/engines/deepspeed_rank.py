@@ -40,7 +40,7 @@ class DeepSpeedRank(PolicyLearner):
             rank. It belongs to the learner from now on.
         config: Options.
         total_updates: Length of the schedule: calls of :meth:`update` in one slot.
-        seed: Of dropout: its numbers depend on (seed, slot, number of the update, rank).
+        seed: Of dropout: its numbers depend on (seed, slot or role, number of its update, rank).
         reference: Keep the weights of now as the reference, in parts at ZeRO stage 3. Nothing is kept while a LoRA
             adapter is fresh.
         roles: Models beside the policy, by name; a text is another name for one of them.

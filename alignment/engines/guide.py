@@ -47,7 +47,7 @@ class Guide:
 
     def __init__(self, models: Sequence[ValueModel], top_k: int, centre: bool) -> None:
         self.models, self.top_k, self.centre = models, top_k, centre
-        self.rows = min(_vocabulary(model) for model in models)
+        self.rows = min(_vocabulary(model.body) for model in models)
         """Tokens that all models know. A policy's output may have more rows than its tokenizer has tokens."""
         self.bodies = [
             Alongside(model.body, _hidden, "value model", remembers=model.shape.kind == "vocabulary")
@@ -100,9 +100,12 @@ class Emulator:
     def __init__(self, models: Sequence[Any], top_p: float) -> None:
         self.bodies = [Alongside(model, _logits, "emulated fine-tuning", remembers=True) for model in models]
         self.top_p = top_p
+        self.rows = min(_vocabulary(model) for model in models)
+        """Tokens that all models know; see :class:`Guide`."""
 
     def join(self, prefixes: Sequence[Sequence[int]]) -> list[int]:
-        first, *others = [body.join(prefixes) for body in self.bodies]
+        known = [[min(token, self.rows - 1) for token in ids] for ids in prefixes]
+        first, *others = [body.join(known) for body in self.bodies]
         assert all(other == first for other in others), "all models have the same rows"
         return first
 
@@ -114,6 +117,7 @@ class Emulator:
     def steer(
         self, logits_MV: Tensor, handles: Sequence[int], token_M: Tensor, grew: Sequence[bool], tilt_MJ: Tensor
     ) -> Tensor:
+        token_M = token_M.clamp(max=self.rows - 1)
         found = [body.step(handles, token_M, grew)[0] for body in self.bodies]
         tuned_JMV, base_JMV = torch.stack(found[: len(found) // 2]), torch.stack(found[len(found) // 2 :])
         return emulate(logits_MV, tuned_JMV, base_JMV, tilt_MJ, top_p=self.top_p)
@@ -168,9 +172,8 @@ class Steered:
         return logits_MV.index_copy(0, index_M, steered_MV)
 
 
-def _vocabulary(model: ValueModel) -> int:
-    body: Any = model.body
-    return body.get_input_embeddings().weight.shape[0]
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def _hidden(output: Any) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alignment.engines.backend import Backend
 from alignment.engines.roles import Goal
-from alignment.engines.value_roles import HeadRole
+from alignment.engines.value_roles import HeadRole, nothing_of
 from alignment.types import Batch
 
 
@@ -49,7 +49,7 @@ class PolicyGoal:
         entropy = "gradient" if self.objective.wants_entropy_grad else "value"
         logp_BT, entropy_BT, *output = self.backend.forward(micro, entropy, self.head is not None)
         if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none: all ranks go backward together
-            return logp_BT.sum() + sum(o.sum() for o in output), {}
+            return sum(map(nothing_of, output), start=nothing_of(logp_BT)), {}
         loss, sums = self.objective.loss(logp_BT, entropy_BT, micro)
         if self.head is None:
             return loss, sums

@@ -33,7 +33,8 @@ class PolicyLearner:
             module is in evaluation mode.
         config: Options.
         total_updates: Length of the schedule: calls of :meth:`update` in one slot.
-        seed: Of dropout, the only random choice here: its numbers depend on (seed, slot, number of the update, rank).
+        seed: Of dropout, the only random choice here: its numbers depend on (seed, slot or role, number of its update,
+            rank).
         reference: Keep the weights of now as the reference. Nothing is kept while a LoRA adapter is fresh: the
             reference is then the model without it.
         roles: Models beside the policy, by name; a text is another name for one of them.
@@ -191,8 +192,9 @@ class PolicyLearner:
         if not role.of_prompts:
             return {}
         assert isinstance(role, TrainedRole) and role.slot is not None
-        with self._training(name, role.slot):
-            return self._fit(role, role.loss, prompt_batch(prompts, targets).to(self.device), role.slot, role.backend)
+        batch = prompt_batch(prompts, targets).to(self.device)
+        with self._training():
+            return self._fit(name, role, role.loss, batch, role.slot, role.backend)
 
     def update(self, batch: Batch, objective: PolicyObjective | None, slot: str = MAIN_SLOT) -> dict[str, float]:
         """Trains the policy on ``batch`` and, in the slot ``"rl"``, the trained roles after it.
@@ -213,23 +215,21 @@ class PolicyLearner:
             ValueError: A row is longer than ``micro_batch_tokens``.
         """
         batch, own, metrics = batch.to(self.device), self.slot(slot), dict[str, float]()
-        with self._training(slot, own):
+        with self._training():
             if objective is not None:
                 policy = PolicyGoal(self.backend, objective, self.roles.head if slot == MAIN_SLOT else None)
-                metrics |= {"tokens": 0.0} | self._fit(policy, policy.loss, batch, own, self.backend)
+                metrics |= {"tokens": 0.0} | self._fit(slot, policy, policy.loss, batch, own, self.backend)
             for name, role in self.roles.items() if slot == MAIN_SLOT else ():
                 if isinstance(role, TrainedRole) and role.slot is not None and not role.of_prompts:
-                    fitted = self._fit(role, role.loss, batch, role.slot, role.backend)
+                    fitted = self._fit(name, role, role.loss, batch, role.slot, role.backend)
                     metrics |= {f"{name}/{key}": value for key, value in fitted.items()}
         return metrics
 
     @contextmanager
-    def _training(self, name: str, slot: Slot) -> Iterator[None]:
-        """All modules are in training mode inside, and dropout's numbers are those of this update."""
+    def _training(self) -> Iterator[None]:
+        """All modules are in training mode inside, and global random state is afterwards what it was."""
         cuda = [self.device] if self.device.type == "cuda" else []
-        rank = self.backend.share.rank
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(keyed_seed(self.seed, "dropout", name, slot.counts.begun, *([rank] if rank else [])))
             for module in self._modules():
                 module.train()
             try:
@@ -240,13 +240,16 @@ class PolicyLearner:
 
     def _fit(
         self,
+        name: str,
         goal: Goal,
         loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
         batch: Batch,
         slot: Slot,
         backend: Backend,
     ) -> dict[str, float]:
-        """All epochs and mini-batches of one update in one slot."""
+        """All epochs and mini-batches of one update in one slot, with dropout's numbers those of this update of it."""
+        rank = self.backend.share.rank
+        torch.manual_seed(keyed_seed(self.seed, "dropout", name, slot.counts.begun, *([rank] if rank else [])))
         sums: dict[str, Tensor] = {}
         outcomes: list[tuple[float, float, bool]] = []
         slot.begin()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignment.engines.backend import Backend
 from alignment.engines.optimizer import Slot
+from alignment.models import Model
 from alignment.types import Batch, Prompt
 
 
@@ -72,6 +73,10 @@ class TrainedRole(Role, Goal, Protocol):
 
 class RoleSpec(Protocol):
     """What a role is made from, wherever the learner's processes are; it can be pickled."""
+
+    def check(self, policy: Model) -> None:
+        """Refuses a policy that the role does not go with, before anything is started."""
+        ...
 
     def build(self, backend: Backend, config: Any, total_updates: int) -> Role:
         """The role beside the policy of ``backend``; ``config`` are the learner's options."""

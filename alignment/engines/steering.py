@@ -109,12 +109,21 @@ def check_vocabulary(model: Model, folder: Path) -> None:
         other: Tokenizer = AutoTokenizer.from_pretrained(folder)  # pyright: ignore[reportAssignmentType]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    compare_vocabularies(model, other, str(folder))
+
+
+def compare_vocabularies(model: Model, other: Tokenizer, name: str) -> None:
+    """Refuses a tokenizer, that of the model ``name``, with other tokens or numbers for them than the policy's.
+
+    Raises:
+        UserError: They differ; the message names both.
+    """
     own, there = model.tokenizer.get_vocab(), other.get_vocab()
     if own == there:
         return
     token = min(t for t in own.keys() | there.keys() if own.get(t) != there.get(t))
     raise UserError(
-        f"{folder} and the policy {model.name} have different vocabularies: {len(there)} and {len(own)} tokens, and"
+        f"{name} and the policy {model.name} have different vocabularies: {len(there)} and {len(own)} tokens, and"
         f" {token!r} is number {there.get(token)} and {own.get(token)}; use a model with the policy's tokenizer"
     )
 
@@ -145,7 +154,15 @@ def _check_shape(folder: Path, top_k: int) -> None:
 
 
 def positions_of(folder: Path) -> int | None:
-    """Tokens of the longest row that a saved model can take; None where it does not say."""
+    """Tokens of the longest row that a saved model can take; None where it does not say.
+
+    Raises:
+        UserError: The folder has no configuration that can be read.
+    """
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its configuration cannot be read: {error}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -20,7 +20,7 @@ class TorchLearner(PolicyLearner):
             trained. A sampler may share it; outside :meth:`update` it is in evaluation mode.
         config: Options.
         total_updates: Length of the schedule: calls of :meth:`update` in one slot.
-        seed: Of dropout, the only random choice here: its numbers depend on (seed, slot, number of the update).
+        seed: Of dropout, the only random choice here: its numbers depend on (seed, slot or role, number of its update).
         reference: Keep the weights of now as the reference. Nothing is kept while a LoRA adapter is fresh: the
             reference is then the model without it.
         roles: Models beside the policy, by name; a text is another name for one of them.

@@ -9,9 +9,10 @@ Suffixes beside the legend of :mod:`alignment.types`: H the size of a hidden sta
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from alignment.algorithms.value_losses import ValueLoss, value_losses
@@ -95,6 +96,8 @@ class ValueModel(nn.Module):
         config: Any = body.config
         text = config.get_text_config()
         self.config = config
+        self.rows: int = text.vocab_size
+        """Of its embeddings. A policy's output may have more, which no token has."""
         self.body = body
         self.head = ValueHead(text.hidden_size, text.vocab_size, shape)
         self.shape = shape
@@ -108,6 +111,7 @@ class ValueModel(nn.Module):
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """What the head puts out for the state after each token; rows are padded on the right."""
+        ids_BT = ids_BT.clamp(max=self.rows - 1)
         hidden_BTH = self.body(input_ids=ids_BT, use_cache=False).last_hidden_state
         return self.head(hidden_BTH, ids_BT)
 
@@ -148,8 +152,10 @@ def read_shape(folder: Path) -> ValueShape:
     """
     try:
         about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if about["kind"] not in get_args(Kind) or type(about["streams"]) is not int or about["streams"] < 0:
+            raise ValueError(f"kind {about['kind']!r} and streams {about['streams']!r} are not what this version knows")
         return ValueShape(value_losses.build(about["loss"]), about["kind"], about["streams"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{folder} is no value model ({DESCRIPTION}: {error}); `align export --role critic` writes one"
         ) from error
@@ -164,12 +170,17 @@ def load_value_model(folder: Path, dtype: torch.dtype = torch.float32) -> ValueM
     from transformers import AutoModel
 
     shape = read_shape(folder)
-    with no_progress_bars():
-        body: Any = AutoModel.from_pretrained(folder, dtype=dtype)
+    try:
+        with no_progress_bars():
+            body, about = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: its model cannot be loaded: {error}") from error
+    if about["missing_keys"]:
+        raise UserError(f"{folder}: its weights lack {', '.join(sorted(about['missing_keys'])[:3])}; export it again")
     model = ValueModel(body, shape)
     try:
         read_head(model, folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder / HEAD}: {error}") from error
     return model.eval()
 

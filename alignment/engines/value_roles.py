@@ -12,8 +12,17 @@ from alignment.algorithms.values import state_mask
 from alignment.engines.backend import Backend
 from alignment.engines.optimizer import Slot
 from alignment.engines.roles import Role, TrainedRole
-from alignment.engines.value_model import ValueHead, ValueModel, ValueShape, is_value_model, load_value_model
+from alignment.engines.steering import check_vocabulary, compare_vocabularies
+from alignment.engines.value_model import (
+    ValueHead,
+    ValueModel,
+    ValueShape,
+    is_value_model,
+    load_value_model,
+    locate_value_model,
+)
 from alignment.errors import UserError
+from alignment.models import Model
 from alignment.origin import Origin
 from alignment.types import Batch
 
@@ -54,8 +63,8 @@ class ValueRole:
     def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`ValueObjective`."""
         output = self.backend.forward(micro.ids_BT)
-        if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none
-            return output.sum(), {}
+        if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none: all ranks go backward together
+            return nothing_of(output), {}
         return self.objective.loss(output, micro)
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -117,24 +126,31 @@ class ValueRoleSpec:
     """Of the learner, where they are others than the policy's: ``lr``, ``warmup_steps`` and the like."""
     epochs: int = 1
     minibatches: int = 1
+    ahead: int = 0
+    """Updates that it has before the policy's first, and its schedule more than the policy's."""
     of_prompts: bool = False
 
     def build(self, backend: Backend, config: Any, total_updates: int) -> ValueRole:
         """The role, in the processes of ``backend``.
 
         Raises:
-            UserError: The saved value model puts out something else, or its vocabulary is too small.
+            UserError: The saved value model puts out something else.
         """
         model, _ = self.make()
-        tokens = [module.config.get_text_config().vocab_size for module in (model, backend.module)]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        if tokens[0] < tokens[1]:
-            raise UserError(
-                f"the value model knows {tokens[0]} tokens and the policy {tokens[1]}: it is shown the policy's tokens,"
-                " so it needs the policy's vocabulary"
-            )
         own = backend.beside(model, replace(config, **(self.options or {})))
-        slot = own.slot(total_updates)
+        slot = own.slot(total_updates + self.ahead)
         return ValueRole(own, slot, self.shape, self.epochs, self.minibatches, self.of_prompts)
+
+    def check(self, policy: Model) -> None:
+        """Whether it reads tokens as ``policy`` does. Rows of embeddings that no token has do not matter.
+
+        Raises:
+            UserError: Its tokenizer is another one, or cannot be read.
+        """
+        if self.start is not None:
+            check_vocabulary(policy, locate_value_model(str(self.start)))
+        elif policy.origin is None or self.origin.config != policy.origin.config:
+            compare_vocabularies(policy, self.origin.make(weights=False).tokenizer, "the value model")
 
     def make(self) -> tuple[ValueModel, nn.Module | None]:
         """The value model as it begins, and the language model that its body is of, unless it was saved as one.
@@ -159,6 +175,9 @@ class HeadRoleSpec:
     coefficient: float
     lr_ratio: float = 1.0
     """Its learning rate over the policy's."""
+
+    def check(self, policy: Model) -> None:
+        """It reads what the policy does."""
 
     def head(self, config: Any) -> ValueHead:
         """The head for a language model of this configuration of transformers."""
@@ -239,6 +258,11 @@ def prompt_batch(prompts: Sequence[Sequence[int]], targets: Tensor | None = None
         key_B=torch.arange(rows),
         returns_BT=returns_BT,
     )
+
+
+def nothing_of(output: Tensor) -> Tensor:
+    """0, whose gradient is 0 and goes all the way back, whatever ``output`` holds."""
+    return torch.where(torch.zeros_like(output, dtype=torch.bool), output, 0.0).sum()
 
 
 def _readout(output: Tensor, shape: ValueShape, micro: Batch) -> dict[str, Tensor]:

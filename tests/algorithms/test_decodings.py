@@ -142,11 +142,18 @@ def test_emulated_deltas_are_the_implicit_reward_of_dpo():
     torch.testing.assert_close(found[range(5), token].sum(), reward)
 
 
-def test_emulated_keeps_to_the_nucleus_and_refuses_another_vocabulary():
+def test_emulated_keeps_to_the_nucleus():
     found = emulated([(0.01, 0.99)], [(0.5, 0.5)], [1.0], policy=(0.9, 0.1), top_p=0.85)
     near(found.softmax(-1), 1, 0)
-    with pytest.raises(UserError, match="one vocabulary: the policy has 2 tokens, the other 3"):
-        emulated([(0.2, 0.3, 0.5)], [(0.2, 0.3, 0.5)], [1.0])
+
+
+def test_emulated_leaves_rows_alone_that_not_all_models_have():
+    logs = {n: torch.randn(1, 1, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (2, 3, 4)}
+    for policy, tuned, base in ((4, 2, 3), (2, 4, 3), (3, 3, 2)):
+        found = emulate(logs[policy][0], logs[tuned], logs[base], torch.ones(1, 1))
+        delta = logs[tuned].log_softmax(-1)[0, :, :2] - logs[base].log_softmax(-1)[0, :, :2]
+        torch.testing.assert_close(found[:, :2], logs[policy][0][:, :2] + delta)
+        assert torch.equal(found[:, 2:], logs[policy][0][:, 2:])
 
 
 def test_choose_draws_from_the_softmax_of_values_over_beta():

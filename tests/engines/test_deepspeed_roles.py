@@ -27,13 +27,18 @@ ROLES: dict[str, dict[str, Any]] = {
 
 
 def advance(learner: PolicyLearner, count: int, start: int = 0) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """Updates with critic and prompt value model; metrics, and what they say in the end."""
+    """Updates with critic and prompt value model; metrics, and what they say in the end.
+
+    The second has one row and one prompt, so that a rank of several has none of its own.
+    """
     found: list[dict[str, float]] = []
     for step in range(start, start + count):
-        batch = with_returns(batches(step + 1)[step])
+        few = step == 1
+        batch, prompts = with_returns(batches(step + 1, 1 if few else 9)[step]), PROMPTS[:1] if few else PROMPTS
         values_BT = learner.annotate(replace(batch, values_BT=None), {"values", "old_logp"}).values_BT
         found.append(learner.update(replace(batch, values_BT=values_BT), grpo(minibatches=2)))
-        found[-1] |= {f"fit/{k}": v for k, v in learner.fit("prompt_value", PROMPTS, torch.arange(5) / 5).items()}
+        targets = (torch.arange(len(prompts)) + 1) / 5
+        found[-1] |= {f"fit/{k}": v for k, v in learner.fit("prompt_value", prompts, targets).items()}
     last = learner.annotate(replace(with_returns(batches(1)[0]), values_BT=None), {"values"})
     assert last.values_BT is not None
     return found, numbers({"values": last.values_BT, "prompts": learner.predict("prompt_value", PROMPTS)})
@@ -71,7 +76,7 @@ def test_roles_learn_as_with_the_torch_learner_and_go_on_exactly(worlds, tmp_pat
         assert one == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in other.items()}
     for name in said:
         np.testing.assert_allclose(ours[name], said[name], rtol=0, atol=1e-5, err_msg=name)
-    assert np.abs(said["values"]).max() > 1e-2
+    assert np.abs(said["values"]).max() > 5e-3
     (after, again), continued = worlds(2).run(
         Call(on_rank, {"zero_stage": stage, "eps": 1e-3}), kind, module, str(tmp_path)
     )[0]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from alignment.algorithms.corrections import Tis
 from alignment.algorithms.decodings import Emulated, ValueAugmented
@@ -13,6 +14,7 @@ from alignment.engines.guide import Guide, Row, Steered
 from alignment.engines.steering import SteeringPlan
 from alignment.engines.value_model import open_value_model
 from alignment.errors import UserError
+from alignment.tensorfile import read_tensors
 from alignment.types import Request, SamplingParams
 from tests.engines.guided import run, sampler, site, tokenizer, value_folder, worst
 from tests.engines.helpers import tiny
@@ -263,6 +265,58 @@ def test_rows_of_the_policys_output_that_no_tokenizer_has_stay_as_they_are(folde
                 logits[t, :19] += 2.0 * (values - values.mean())
         logp = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(found[request.id].logp), logp, atol=2e-5, rtol=0)
+
+
+def test_emulated_fine_tuning_of_a_policy_whose_output_is_padded(tmp_path):
+    padded = tiny("Qwen3", 2, vocab_size=26)
+    tuned, base = save_policy(tmp_path / "tuned", 20), save_policy(tmp_path / "base", 21)  # of 19
+    decoding = Emulated(str(tmp_path / "tuned"), str(tmp_path / "base"), 1.0)
+    asked = requests(6, (decoding.tilt,), max_tokens=12)
+    found = run(sampler(padded, decoding), asked)
+    assert any(token >= 19 for c in found.values() for token in c.token_ids)
+    for request in asked:
+        tokens = found[request.id].token_ids
+        ids, start = torch.tensor([[*request.prompt_ids, *tokens]]), len(request.prompt_ids)
+        with torch.no_grad():
+            logits = padded(input_ids=ids).logits[0, start - 1 : -1]
+            known = ids.clamp(max=18)
+            deltas = [m(input_ids=known).logits[0, start - 1 : -1].log_softmax(-1) for m in (tuned, base)]
+        logits[:, :19] += deltas[0] - deltas[1]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found[request.id].logp), logp, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "its model cannot be loaded"),
+        ("model.safetensors", b"damaged", "its model cannot be loaded"),
+        ("value_head.safetensors", b"damaged", "value_head.safetensors"),
+        ("value_head.safetensors", None, "value_head.safetensors"),
+        ("value_model.json", b"[]", "is no value model"),
+        ("value_model.json", b'{"loss": "scalar", "kind": "token", "streams": 0}', "is no value model .*kind 'token'"),
+        ("value_model.json", b'{"loss": "scalr", "kind": "state", "streams": 0}', "is no value model .*'scalr'"),
+        ("config.json", b"{", ""),
+    ],
+)
+def test_a_damaged_folder_is_named(tmp_path, name, content, message):
+    folder = value_folder(tmp_path / "values")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{folder}.*{message}"):
+        open_value_model(str(folder))
+    with pytest.raises(UserError, match=f"{folder}.*{message}"):
+        sampler(POLICY, ValueAugmented(str(folder)))
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    folder = value_folder(tmp_path / "values")
+    weights = read_tensors(folder / "model.safetensors")
+    missing = min(weights)
+    save_file({n: t for n, t in weights.items() if n != missing}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"its weights lack .*{missing}"):
+        open_value_model(str(folder))
 
 
 def test_a_site_says_how_many_models_steer(folders):

@@ -6,16 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignment.algorithms.value_losses import HlGauss, Scalar, TwoHot, ValueObjective
 from alignment.algorithms.values import state_mask
+from alignment.engines.policy_goal import PolicyGoal
 from alignment.engines.roles import handles
 from alignment.engines.torch_learner import TorchLearner
 from alignment.engines.value_model import ValueModel, ValueShape
-from alignment.engines.value_roles import HeadRoleSpec, prompt_batch
+from alignment.engines.value_roles import HeadRole, HeadRoleSpec, nothing_of, prompt_batch
+from alignment.partition import Share
 from alignment.types import Batch, Prompt
-from tests.engines.helpers import Reinforce, assert_close, critic, learner_of, make_batch, tiny, widen, with_returns
+from tests.engines.helpers import (
+    Made,
+    Reinforce,
+    assert_close,
+    critic,
+    learner_of,
+    make_batch,
+    tiny,
+    widen,
+    with_returns,
+)
 
 SHARED = HeadRoleSpec(ValueShape(Scalar()), coefficient=0.5, lr_ratio=2.0)
 
@@ -24,10 +36,13 @@ def with_critic(spec: Any = None, **options: Any) -> TorchLearner:
     return learner_of(tiny(), roles={"critic": critic() if spec is None else spec}, **options)
 
 
-def weights_of(learner: TorchLearner, name: str = "critic") -> dict[str, Tensor]:
+def module_of(learner: TorchLearner, name: str = "critic") -> nn.Module:
     backend = learner.roles[name].backend
-    module = backend.head if backend.head is not None else backend.module
-    return {n: p.detach().clone() for n, p in module.named_parameters()}
+    return backend.head if backend.head is not None else backend.module
+
+
+def weights_of(learner: TorchLearner, name: str = "critic") -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in module_of(learner, name).named_parameters()}
 
 
 @pytest.mark.parametrize("loss", [Scalar(), Scalar(clip=0.2), HlGauss(bins=8), TwoHot(bins=8)], ids=repr)
@@ -176,6 +191,72 @@ def test_a_critic_goes_on_exactly(tmp_path: Path, spec: Any) -> None:
     assert again.fingerprint() == learner.fingerprint() and all(torch.equal(after[n], want[n]) for n in want)
     annotated = again.annotate(batch, {"reference", "old_logp"})
     assert annotated.ref_logp_BT is not None and not torch.equal(annotated.ref_logp_BT, annotated.old_logp_BT)  # pyright: ignore[reportArgumentType]
+
+
+def gradients_of(spec: Any, batch: Batch, share: Share) -> dict[str, Tensor]:
+    """What one rank's part of a mini-batch adds to the gradients of a critic."""
+    learner = with_critic(spec)
+    role = learner.roles["critic"]
+    role.backend.share = share
+    with torch.no_grad():
+        for p in module_of(learner).parameters():
+            p.add_(0.1)  # a fresh head lets no gradient through to its body
+    goal: Any = PolicyGoal(role.backend, Reinforce(), role) if isinstance(role, HeadRole) else role
+    learner._backward(goal.loss, goal.prepare(batch), role.backend)
+    return {n: p.grad.clone() for n, p in role.backend.trained.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("spec", [critic(), SHARED], ids=["model", "head"])
+def test_a_rank_without_a_row_adds_nothing_to_the_gradients(spec: Any) -> None:
+    batch = with_returns(make_batch(rows=1))
+    whole = gradients_of(spec, batch, Share())
+    parts = [gradients_of(spec, batch, Share(rank, 2)) for rank in range(2)]
+    assert all(part.keys() == whole.keys() for part in parts), "all ranks go backward through the same weights"
+    assert max(float(g.abs().max()) for g in whole.values()) > 0.1
+    assert_close({name: parts[0][name] + parts[1][name] for name in whole}, whole)
+
+
+def test_nothing_of_an_output_is_0_whatever_it_holds() -> None:
+    output = torch.tensor([1.0, torch.inf, torch.nan], requires_grad=True)
+    nothing_of(output).backward()
+    assert nothing_of(output) == 0 and output.grad is not None and output.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_dropout_differs_from_update_to_update_while_the_policy_rests(tmp_path: Path) -> None:
+    spec = critic(epochs=1, minibatches=1, options={"lr": 1e-30})  # its weights stay: only dropout tells updates apart
+    spec = replace(spec, origin=Made(architecture="GPT2"))
+
+    def made() -> TorchLearner:
+        learner = with_critic(spec)
+        with torch.no_grad():
+            for p in module_of(learner).parameters():
+                p.add_(0.1)
+        for module in module_of(learner).modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        return learner
+
+    learner, batch = made(), with_returns(make_batch())
+    first = learner.update(batch, None)["critic/value_loss"]
+    learner.save(tmp_path)
+    second = learner.update(batch, None)["critic/value_loss"]
+    assert first != pytest.approx(second, rel=1e-3)
+    again = made()
+    again.restore(tmp_path)
+    assert again.update(batch, None)["critic/value_loss"] == second
+    beside = made()
+    assert beside.update(batch, Reinforce())["critic/value_loss"] == first, "whatever the policy does before it"
+
+
+def test_tokens_of_a_padded_output_are_read_as_the_last_token_that_the_value_model_has() -> None:
+    learner = learner_of(tiny(vocab_size=26), roles={"critic": critic(kind="vocabulary"), "other": critic()})
+    batch = with_returns(make_batch())  # the value models have 19 rows
+    learner.update(batch, Reinforce())
+    ids_BT = torch.where(batch.ids_BT == 18, 25, batch.ids_BT)
+    assert (ids_BT == 25).any()
+    for role in learner.roles.values():
+        with torch.no_grad():
+            assert torch.equal(role.backend.module(ids_BT), role.backend.module(batch.ids_BT))
 
 
 # Prompts
