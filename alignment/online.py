@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from alignment.algorithms.advantages import advantage_metrics
 from alignment.algorithms.credit import credit
+from alignment.algorithms.mixers import imitation_metrics
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import observe
 from alignment.algorithms.values import batch_metrics
@@ -62,6 +63,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             state = replace(sealed.state.next_step(), components=states)
             job.record_batch(state, batch, watched, sealed.state.components, metrics)
             metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled)
+            metrics |= imitation_metrics(slots["rl"], len(sealed.sampled))
             metrics["staleness"] = float(lag)
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself

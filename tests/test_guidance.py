@@ -132,7 +132,7 @@ def test_demonstrations_that_a_value_model_found_teach_what_the_policy_could_not
     assert sum(right[-4:]) / 4 > sum(right[:4]) / 4 + 0.2
 
 
-GUIDED = {"decoding": {"name": "value_augmented", "models": "v"}}
+BY_VALUES = {"decoding": {"name": "value_augmented", "models": "v"}}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ GUIDED = {"decoding": {"name": "value_augmented", "models": "v"}}
             "needs importance weights: set algorithm.correction",
         ),
         (
-            {"guidance": {**GUIDED, "rollouts": 3, "use": "demonstrations"}, "algorithm": {"advantage": "grpo"}},
+            {"guidance": {**BY_VALUES, "rollouts": 3, "use": "demonstrations"}, "algorithm": {"advantage": "grpo"}},
             "group_size: 4, of which guidance takes 3 from the policy, is too small: .* needs at least 5",
         ),
         ({"guidance": {"decoding": {"name": "value_augmented", "modles": "v"}}}, "did you mean 'models'"),

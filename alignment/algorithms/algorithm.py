@@ -58,4 +58,4 @@ class Algorithm:
     @property
     def needs(self) -> frozenset[str]:
         """What its components ask to have computed; the number of updates per batch may add ``old_logp``."""
-        return frozenset(need for c in self.components().values() for need in needs_of(c))
+        return frozenset(need for c in self.components().values() for need in needs_of(c)) - {"demonstrations"}

@@ -9,23 +9,9 @@ from torch import Tensor
 
 from alignment.algorithms.advantages import Advantage
 from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.demonstrations import is_demonstration, is_imitated
 from alignment.algorithms.weightings import Scalarisation, StreamMix, weighted_sum
-from alignment.types import RATIO_BASES, SOURCES, Batch
-
-
-def is_demonstration(batch: Batch) -> Tensor:
-    """``[B]`` bool: rows that the policy did not sample."""
-    return batch.source_B == SOURCES.index("demonstration")
-
-
-def is_imitated(batch: Batch) -> Tensor:
-    """``[B]`` bool: demonstrations to be learned as they are, with advantage 1 and outside every baseline.
-
-    These are the demonstrations of ratio base ``self``, and those without a reward. One with a reward and another
-    base is judged within its group like a rollout (LUFFY, SRFT).
-    """
-    own_ratio_B = batch.ratio_base_B == RATIO_BASES.index("self")
-    return is_demonstration(batch) & (own_ratio_B | ~batch.scored_B | batch.rewards_BK.isnan().all(1))
+from alignment.types import Batch
 
 
 def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Batch:

@@ -1,13 +1,25 @@
-"""Mixers: which rollouts and demonstrations each update learns from, and in what proportion."""
+"""Mixers: which rollouts and demonstrations each update learns from, and in what proportion.
 
+A demonstration that is imitated has advantage 1 and ratio base ``self``: its loss is its negative log-likelihood. The
+objective aggregates imitated rows apart from the others, so the loss of a mixed batch is ``L_RL + c L_SFT``, each a
+mean of its own, and ``c`` is a coefficient of rows. Demonstrations are found by the prompt's content
+(:attr:`Prompt.key`); a group's rollouts stay as they are where none is there.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from alignment.registry import Registry
-from alignment.types import Batch, Context, Group, Rollout
+from alignment.algorithms.demonstrations import is_demonstration
+from alignment.errors import UserError
+from alignment.registry import Registry, option
+from alignment.types import Batch, Context, Group, Prompt, Rollout, Signals, keyed_seed
+
+Demonstrations = Mapping[str, Sequence[Rollout]]
 
 
 @runtime_checkable
@@ -15,11 +27,7 @@ class Mixer(Protocol):
     """Routes groups and demonstrations to the learner's slots before credit, and may weigh rows after it."""
 
     def route(
-        self,
-        state: Any,
-        groups: Sequence[Group],
-        demonstrations: Mapping[str, Sequence[Rollout]],
-        context: Context,
+        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
     ) -> Mapping[str, list[Group]]:
         """Groups by slot, ``rl`` being the main one; ``demonstrations`` are by :attr:`Prompt.key`."""
         ...
@@ -38,13 +46,200 @@ class NoMix:
     """All groups as they were sampled, no demonstrations."""
 
     def route(
-        self,
-        state: Any,
-        groups: Sequence[Group],
-        demonstrations: Mapping[str, Sequence[Rollout]],
-        context: Context,
+        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
     ) -> Mapping[str, list[Group]]:
         return {"rl": list(groups)}
 
     def coefficients(self, state: Any, batch: Batch) -> None:
         return None
+
+
+@mixers.register("blend", source="this project", evidence="end to end")
+@dataclass(frozen=True)
+class Blend:
+    """A number of demonstrations beside each batch, of constant or scheduled weight: ``L_RL + c L_SFT``.
+
+    They are drawn anew for each step, without replacement. ``c`` goes from ``start`` to ``end`` over ``over_steps``
+    steps of the stage, linearly or along half a cosine, and stays there.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("demonstrations",)
+
+    rows: Annotated[int, option("demonstrations per step", ge=1)] = 16
+    start: Annotated[float, option("c at the first step", ge=0)] = 1.0
+    end: Annotated[float | None, option("c after over_steps; null: as at the start", ge=0)] = None
+    over_steps: Annotated[int, option("steps from start to end", ge=1)] = 100
+    shape: Annotated[Literal["linear", "cosine"], option("how c goes from start to end")] = "linear"
+
+    def init(self) -> dict[str, int]:
+        """The first step."""
+        return {"step": 0}
+
+    def observe(self, state: Mapping[str, int], signals: Signals) -> dict[str, int]:
+        """One step on."""
+        return {"step": state["step"] + 1}
+
+    def coefficient(self, step: int) -> float:
+        """``c`` at a step of the stage, from 0."""
+        x = min(1.0, step / self.over_steps)
+        x = 0.5 - 0.5 * math.cos(math.pi * x) if self.shape == "cosine" else x
+        return self.start if self.end is None else self.start + (self.end - self.start) * x
+
+    def metrics(self, state: Mapping[str, int]) -> dict[str, float]:
+        """The coefficient of the next step."""
+        return {"coefficient": self.coefficient(state["step"])}
+
+    def route(
+        self, state: Mapping[str, int], groups: Sequence[Group], demonstrations: Demonstrations, context: Context
+    ) -> Mapping[str, list[Group]]:
+        known = [rollout for shown in demonstrations.values() for rollout in shown]
+        generator = torch.Generator().manual_seed(keyed_seed(context.seed, context.step, "blend"))
+        chosen = torch.randperm(len(known), generator=generator)[: self.rows].tolist()
+        return {"rl": [*groups, *(_shown(known[i], -1 - n) for n, i in enumerate(chosen))]}
+
+    def coefficients(self, state: Mapping[str, int], batch: Batch) -> Tensor:
+        return torch.where(is_demonstration(batch), self.coefficient(state["step"]), 1.0)
+
+
+HPT = "Towards a Unified View of Large Language Model Post-Training (arXiv 2509.04419)"
+
+
+@mixers.register("hpt", source=HPT, evidence="end to end")
+@dataclass(frozen=True)
+class Hpt:
+    """HPT: a prompt that is hardly ever solved is learned from its demonstration, any other from its rollouts.
+
+    Hard gate: with at most ``gate`` solved rollouts a group's rollouts are left out and one demonstration is imitated
+    in their place, so such a prompt has no RL gradient and any other no SFT gradient (the published code's
+    ``on_solve_num <= switch_gate``; 0 for Qwen2.5-Math, 2 for Llama-3.1-8B). ``L = L_RL + c L_SFT``, ``c`` being
+    ``sft_coefficient`` (1, and 0.3 for Qwen2.5-Math-1.5B there).
+
+    Soft gate: ``soft`` lists ``[solved, alpha, beta]``: from that many solved rollouts on, the rollouts weigh
+    ``alpha`` and the demonstration ``beta`` (0: none). The published code has such a table with a third, off-
+    policy, column, which is not used here. Entries in between hold for all numbers up to the next; below the first
+    it is pure imitation. The rollouts stay in the batch, where they count in means, also at ``alpha`` 0.
+
+    Solved is correct by the first reward component (a value of at least 1). The published RL part is Dr.GRPO without a
+    clip, normalised by a constant length: ``advantage: dr_grpo``, ``policy_loss: reinforce``,
+    ``aggregation: seq_sum_norm``. The SFT part has the algorithm's aggregation; there it is a token mean. A prompt
+    without a demonstration keeps its rollouts.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("demonstrations",)
+
+    gate: Annotated[int, option("solved rollouts up to which a prompt is imitated", ge=0)] = 0
+    sft_coefficient: Annotated[float, option("c", ge=0)] = 1.0
+    soft: Annotated[tuple[tuple[int, float, float], ...] | None, option("[solved, alpha, beta] rows; null: hard")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        solved = [row[0] for row in self.soft or ()]
+        if solved != sorted(set(solved)) or any(min(row) < 0 for row in self.soft or ()):
+            raise UserError("hpt: the rows of 'soft' must rise in their first number, and nothing may be negative")
+
+    def weights(self, solved: int) -> tuple[float, float]:
+        """``(alpha, beta)`` of a prompt with so many solved rollouts."""
+        if self.soft is None:
+            return (0.0, self.sft_coefficient) if solved <= self.gate else (1.0, 0.0)
+        return next(((a, b) for least, a, b in reversed(self.soft) if solved >= least), (0.0, self.sft_coefficient))
+
+    def route(
+        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
+    ) -> Mapping[str, list[Group]]:
+        return {"rl": [part for group in groups for part in self._parts(group, demonstrations)]}
+
+    def _parts(self, group: Group, demonstrations: Demonstrations) -> list[Group]:
+        shown = demonstrations.get(group.prompt.key, ())
+        _, beta = self.weights(sum(bool(r.correct) for r in group.rollouts))
+        if not shown or beta == 0:
+            return [group]
+        return [replace(group, rollouts=(*(() if self.soft is None else group.rollouts), shown[0]))]
+
+    def coefficients(self, state: Any, batch: Batch) -> Tensor:
+        """``alpha`` for rollouts and ``beta`` for demonstrations, by what the group solved; 1 for other groups."""
+        shown_B = is_demonstration(batch)
+        weight_B = torch.ones(len(batch), device=shown_B.device)
+        for group in batch.group_B[shown_B].unique().tolist():
+            own_B = batch.group_B == group
+            solved = int((batch.rewards_BK[own_B & ~shown_B, 0] >= 1).sum())
+            alpha, beta = (0.0, self.sft_coefficient) if self.soft is None else self.weights(solved)
+            weight_B = torch.where(own_B, torch.where(shown_B, beta, alpha), weight_B)
+        return weight_B
+
+
+@mixers.register(
+    "relift",
+    source="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning (arXiv 2506.07527)",
+    evidence="end to end",
+)
+@dataclass(frozen=True)
+class Relift:
+    """ReLIFT: prompts that all rollouts failed are learned from demonstrations, in an optimizer of its own.
+
+    After each step the failed prompts go to the front of a buffer; once it holds ``batch_size`` of them, the next step
+    takes that many from its front (the newest first, as the published code does) for one supervised update in the slot
+    ``sft``, whose moments are apart from RL's. The published code takes them in the same step; here the buffer is part
+    of the state, which moves on once per step. RL trains on the whole batch. There RL has no clip and no std
+    (``dr_grpo``, ``reinforce``, ``seq_sum_norm``) and an entropy bonus of 0.001.
+
+    ``failed: no_success`` is a group without a correct rollout; ``all_zero``, as in the published code, one whose
+    rewards are all exactly 0, so that a reward of -1 for a broken form keeps a prompt out. Prompts without a
+    demonstration are left out when their turn comes.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("demonstrations",)
+
+    batch_size: Annotated[int, option("demonstrations of one supervised update", ge=1)] = 32
+    failed: Annotated[Literal["no_success", "all_zero"], option("which groups count as failed")] = "no_success"
+
+    def init(self) -> dict[str, Any]:
+        """An empty buffer."""
+        return {"buffer": [], "used": 0}
+
+    def has_failed(self, group: Group) -> bool:
+        """Whether the group's prompt goes to the buffer; one without a verdict does not."""
+        if self.failed == "all_zero":
+            return bool(group.rewards) and all(reward == 0 for reward in group.rewards)
+        verdicts = [verdict for r in group.rollouts if (verdict := r.correct) is not None]
+        return bool(verdicts) and not any(verdicts)
+
+    def _taken(self, state: Mapping[str, Any]) -> list[str]:
+        full = len(state["buffer"]) >= self.batch_size
+        return state["buffer"][: self.batch_size] if full else []
+
+    def observe(self, state: Mapping[str, Any], signals: Signals) -> dict[str, Any]:
+        """What was taken leaves, and the prompts that failed now come first."""
+        taken = len(self._taken(state))
+        failed = [group.prompt.key for group in signals.groups if self.has_failed(group)]
+        return {"buffer": failed + state["buffer"][taken:], "used": state["used"] + taken}
+
+    def metrics(self, state: Mapping[str, Any]) -> dict[str, float]:
+        """Prompts that wait, and how many were taken so far."""
+        return {"buffer": float(len(state["buffer"])), "used": float(state["used"])}
+
+    def route(
+        self, state: Mapping[str, Any], groups: Sequence[Group], demonstrations: Demonstrations, context: Context
+    ) -> Mapping[str, list[Group]]:
+        shown = [demonstrations[key][0] for key in self._taken(state) if demonstrations.get(key)]
+        taught = {"sft": [_shown(rollout, n) for n, rollout in enumerate(shown)]} if shown else {}
+        return {"rl": list(groups)} | taught
+
+    def coefficients(self, state: Any, batch: Batch) -> None:
+        return None
+
+
+def _shown(rollout: Rollout, uid: int) -> Group:
+    """A demonstration as a group of its own."""
+    return Group(uid, Prompt(rollout.prompt_id, {}), (rollout,))
+
+
+def imitation_metrics(groups: Sequence[Group], sampled: int) -> dict[str, float]:
+    """Of a step's batch: ``demonstrations`` in it, and ``imitated``, the share of the prompts sampled that have one.
+
+    Empty where there is none.
+    """
+    shown = [sum(r.source == "demonstration" for r in group.rollouts) for group in groups]
+    if not any(shown):
+        return {}
+    return {"demonstrations": float(sum(shown)), "imitated": sum(map(bool, shown)) / max(1, sampled)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from alignment.algorithms.aggregations import Aggregation, TokenMean
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.corrections import Correction
-from alignment.algorithms.credit import is_demonstration
+from alignment.algorithms.demonstrations import is_demonstration, is_imitated
 from alignment.algorithms.entropy_controls import EntropyControl
 from alignment.algorithms.kl_penalties import KLPenalty, k3_estimate
 from alignment.algorithms.policy_losses import PolicyLoss, Reinforce, log_ratio
@@ -29,9 +29,11 @@ class Objective:
     """``sum_{i,t} scale (weight w loss + c_kl kl + sum penalties) + c_nll nll`` over trained tokens.
 
     ``weight`` comes from mixers and entropy controls and ``w`` from the correction; both multiply the policy loss
-    alone. ``w`` and ``kl``, which presume tokens drawn from the policy, leave demonstrations out. ``nll`` is the mean
-    negative log-likelihood of the tokens of rollouts that are correct by the first reward component (a value of at
-    least 1): positive-example language modelling of VAPO (arXiv 2504.05118).
+    alone. ``scale`` is the aggregation's, of imitated rows apart: the loss is that of the rollouts plus that of the
+    demonstrations, each a mean of its own. ``w`` and ``kl``, which presume tokens drawn from the policy, leave
+    demonstrations out. ``nll`` is the mean negative log-likelihood of the tokens of rollouts that are correct by
+    the first reward component (a value of at least 1): positive-example language modelling of VAPO (arXiv
+    2504.05118).
     """
 
     policy_loss: PolicyLoss
@@ -100,8 +102,9 @@ class Objective:
             extra_BT = control.prepare(state, minibatch)
             if extra_BT is not None:
                 weight_BT = extra_BT if weight_BT is None else weight_BT * extra_BT
-        scale_BT = self.aggregation.scale(minibatch.loss_mask_BT)
-        return replace(minibatch, scale_BT=scale_BT, weight_BT=weight_BT, nll_scale_BT=self._nll_scale(minibatch))
+        return replace(
+            minibatch, scale_BT=self._scale(minibatch), weight_BT=weight_BT, nll_scale_BT=self._nll_scale(minibatch)
+        )
 
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of the loss that the rows of ``micro`` make, and what :meth:`finish` needs to report on it.
@@ -161,6 +164,11 @@ class Objective:
             if name not in plain and count > 0:
                 metrics[name] = total if name.endswith("_max") else total / count
         return metrics
+
+    def _scale(self, minibatch: Batch) -> Tensor:
+        """The aggregation's scales: those of imitated rows apart, so that neither kind dilutes the other."""
+        mask_BT, imitated_B1 = minibatch.loss_mask_BT, is_imitated(minibatch)[:, None]
+        return self.aggregation.scale(mask_BT & ~imitated_B1) + self.aggregation.scale(mask_BT & imitated_B1)
 
     def _nll_scale(self, minibatch: Batch) -> Tensor | None:
         """One over the number of tokens of correct rollouts, at those tokens."""

@@ -75,7 +75,10 @@ def leaves(batch, logp=-1.0, entropy=2.0):
 
 
 def test_every_part_of_the_loss_by_hand(make_batch):
-    """Ratio 1, e^1 and base self; correction min(e^1, 2) on the replayed row alone; KL on sampled rows alone."""
+    """Ratio 1, e^1 and base self; correction min(e^1, 2) on the replayed row alone; KL on sampled rows alone.
+
+    The four tokens of the rollouts have a mean of their own, and so have the three of the demonstration.
+    """
     batch = mixed_batch(make_batch)
     objective = Objective(
         policy_loss=Reinforce(),
@@ -87,17 +90,18 @@ def test_every_part_of_the_loss_by_hand(make_batch):
     )
     logp_BT, entropy_BT = leaves(batch)
     loss, sums = objective.loss(logp_BT, entropy_BT, objective.prepare(batch))
-    policy = 2 * 0.5 * 1.0 + 3 * 0.25 * 1.0 + 2 * 2.0 * 2.0 * math.e * -0.5
-    kl = 0.1 * (2 * 0.5**2 / 2 + 2 * 1.0**2 / 2)
-    bonus = -0.01 * 7 * 2.0
-    assert float(loss.detach()) == pytest.approx((policy + kl + bonus) / 7, rel=1e-6)
+    policy = (2 * 0.5 * 1.0 + 2 * 2.0 * 2.0 * math.e * -0.5) / 4 + 3 * 0.25 * 1.0 / 3
+    kl = 0.1 * (2 * 0.5**2 / 2 + 2 * 1.0**2 / 2) / 4
+    bonus = -0.01 * 2.0 * 2
+    assert float(loss.detach()) == pytest.approx(policy + kl + bonus, rel=1e-6)
 
     gradient_BT, entropy_gradient_BT = torch.autograd.grad(loss, (logp_BT, entropy_BT))
     row_0 = -0.5 + 0.1 * 0.5
     row_3 = 2.0 * 2.0 * math.e * 0.5 + 0.1 * 1.0
     expected = [[0, 0, row_0, row_0, 0], [0, -0.25, -0.25, -0.25, 0], [0] * 5, [0, row_3, row_3, 0, 0]]
-    close(gradient_BT, torch.tensor(expected) / 7)
-    close(entropy_gradient_BT, batch.loss_mask_BT * (-0.01 / 7))
+    count_B1 = torch.tensor([4, 3, 4, 4])[:, None]
+    close(gradient_BT, torch.tensor(expected) / count_B1)
+    close(entropy_gradient_BT, batch.loss_mask_BT * (-0.01 / count_B1))
 
     def k3(d):
         return math.exp(-d) - 1 + d
@@ -286,7 +290,7 @@ def test_corrections_leave_demonstrations_alone(make_batch):
     objective = Objective(Reinforce(), TokenMean(), correction=ZeroOutside())
     logp_BT = torch.full((2, 2), -1.0, requires_grad=True)
     (gradient_BT,) = torch.autograd.grad(objective.loss(logp_BT, None, objective.prepare(batch))[0], logp_BT)
-    close(gradient_BT[:, 1], [-1.5, -0.5])
+    close(gradient_BT[:, 1], [-3.0, -1.0])  # each kind has a mean of its own
 
 
 def test_correct_rollouts_add_their_negative_log_likelihood_by_its_own_mean(make_batch):
