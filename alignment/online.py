@@ -5,7 +5,7 @@ from dataclasses import replace
 from alignment.algorithms.advantages import advantage_metrics
 from alignment.algorithms.credit import credit
 from alignment.algorithms.objective import Objective
-from alignment.algorithms.state import observe
+from alignment.algorithms.state import observe, report
 from alignment.algorithms.values import batch_metrics
 from alignment.collect import Collector, staleness
 from alignment.engines.roles import handles
@@ -62,6 +62,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             state = replace(sealed.state.next_step(), components=states)
             job.record_batch(state, batch, watched, sealed.state.components, metrics)
             metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled)
+            metrics |= report(components, states)
             metrics["staleness"] = float(lag)
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself

@@ -24,3 +24,9 @@ def observe(components: Mapping[str, Any], states: Mapping[str, Any], signals: S
     """
     learners = {name: component for name, component in components.items() if hasattr(component, "observe")}
     return {**states, **{name: component.observe(states[name], signals) for name, component in learners.items()}}
+
+
+def report(components: Mapping[str, Any], states: Mapping[str, Any]) -> dict[str, float]:
+    """What components that have ``metrics(state) -> Mapping[str, float]`` say of their states, as ``place/name``."""
+    told = {place: c.metrics(states.get(place)) for place, c in components.items() if hasattr(c, "metrics")}
+    return {f"{place}/{name}": float(value) for place, found in told.items() for name, value in found.items()}

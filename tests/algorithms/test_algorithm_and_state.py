@@ -14,7 +14,7 @@ from alignment.algorithms.corrections import Tis
 from alignment.algorithms.entropy_controls import Bonus
 from alignment.algorithms.kl_penalties import K1, K2
 from alignment.algorithms.policy_losses import Clip
-from alignment.algorithms.state import fresh, needs_of, observe
+from alignment.algorithms.state import fresh, needs_of, observe, report
 from alignment.registry import REGISTRIES
 
 ADAPTER = TypeAdapter(Algorithm)
@@ -124,6 +124,9 @@ class Counter:
     def observe(self, state, signals):
         return {"seen": state["seen"] + signals.metrics["n"]}
 
+    def metrics(self, state):
+        return {"seen": state["seen"]}
+
 
 def test_needs_are_collected():
     assert needs_of(Clip()) == ()
@@ -148,3 +151,9 @@ def test_states_are_made_and_updated_by_name_and_others_are_kept():
     assert states["a"] == {"seen": 0}
     with pytest.raises(KeyError):
         observe(components, {}, signals)
+
+
+def test_what_components_say_of_their_states_is_named_by_their_place():
+    assert report({"curricula.0": Counter(), "advantage": Rloo()}, {"curricula.0": {"seen": 3}}) == {
+        "curricula.0/seen": 3.0
+    }
