@@ -326,6 +326,7 @@ MATRIX: list[dict[str, Any]] = [
     *({"kl": {"name": k, "coefficient": 0.1}} for k in ("k1", "k2", "k3", "k3_straight_through")),
     *({"correction": c} for c in (None, "icepop", "sequence_tis", "sequence_mask", "geometric_mask")),
     {"weighting": "normalised"},
+    {"weighting": "hypervolume"},
     {"entropy_controls": ["bonus"]},
 ]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from alignment.algorithms import hypervolume  # noqa: F401 - it registers a weighting
 from alignment.algorithms.advantages import Advantage, Grpo, advantages
 from alignment.algorithms.aggregations import Aggregation, TokenMean, aggregations
 from alignment.algorithms.corrections import Correction, Tis, corrections

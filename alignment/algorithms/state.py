@@ -5,9 +5,15 @@ from typing import Any
 
 from alignment.types import Signals
 
+MEASURED = frozenset({"update_norm", "gram", "evaluation"})
+"""Needs that are no annotations of a batch: ``update_norm``, a metric of how far an update moved the policy's weights;
+``gram``, inner products of the components' gradients before the update (:attr:`Signals.gram_KK`); ``evaluation``, that
+evaluations are made during the stage."""
+
 
 def needs_of(component: object) -> tuple[str, ...]:
-    """What ``component`` asks to have computed: ``reference``, ``old_logp``, ``entropy``, ``values``, ``role:NAME``."""
+    """What ``component`` asks to have computed: ``reference``, ``old_logp``, ``entropy``, ``values``, ``role:NAME``,
+    and :data:`MEASURED`."""
     return tuple(getattr(component, "needs", ()))
 
 

@@ -24,7 +24,7 @@ KINDS = {
     "aggregations": {"token_mean", "sequence_mean", "sequence_sum", "constant"},
     "kl_penalties": {"k1", "k2", "k3", "k3_straight_through"},
     "corrections": {"tis", "icepop", "sequence_tis", "sequence_mask", "geometric_mask"},
-    "weightings": {"fixed", "normalised"},
+    "weightings": {"fixed", "normalised", "hypervolume"},
     "entropy_controls": {"bonus"},
     "mixers": {"none"},
 }
