@@ -10,9 +10,15 @@ if TYPE_CHECKING:
 
 
 def weighting_conflicts(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
-    """Names of rewards that there are not."""
+    """Names of rewards that there are not, and gradients of components where advantages are not their own."""
     here: Place = (*place, "algorithm", "weighting")
     columns = [spec.column for spec in recipe.reward_specs]
+    if "gram" in stage.credited.needs and "values" in stage.credited.needs:
+        message = (
+            "compares advantages of each reward alone, and a critic predicts their sum: take an algorithm.advantage "
+            "without values, such as grpo"
+        )
+        yield Conflict(here, message, ((*place, "algorithm"),))
     unknown = [name for name in getattr(stage.credited.weighting, "names", ()) if name not in columns]
     if unknown and columns:
         message = f"names {', '.join(unknown)}, which is no reward of this recipe; there are {', '.join(columns)}"

@@ -76,7 +76,33 @@ def test_hypervolume_multiplies_the_learning_rate_and_goes_on_exactly(tmp_path):
     assert contents(resumed) == contents(run)
 
 
-def state_of(run: str) -> Any:
-    """The weighting's state in the newest checkpoint."""
+def test_gradients_of_components_make_the_weights_of_the_next_batch(tmp_path):
+    steps, run = trained(tmp_path, {"name": "gradient", "layers": "lm_head|layers.1"}, steps=2)
+    weights = [[r.metrics[f"weighting/weight/{name}"] for name in ("format", "exact_match")] for r in steps]
+    assert all(sum(pair) == pytest.approx(1.0) for pair in weights)
+    assert weights[0][0] > 2 / 3, "the one that is sometimes earned gains on the other, from 1 to 0.5"
     newest = sorted((Path(run) / "checkpoints").glob("step_*"))[-1]
-    return json.loads((newest / "state.json").read_text())["components"]["weighting"]
+    state = json.loads((newest / "state.json").read_text())["components"]["weighting"]
+    assert list(state["weights"].values()) == weights[-1] and state["skipped"] == 0
+
+
+def test_gradients_of_components_need_advantages_without_a_critic(tmp_path):
+    chosen = ("stages.1.algorithm.advantage=gae", "stages.1.critic=model", f"{HERE}=gradient")
+    assert "a critic predicts their sum" in only(write(tmp_path), overrides=chosen)
+
+
+def test_multipliers_move_towards_their_thresholds(tmp_path):
+    weighting = {"name": "lagrangian", "thresholds": {"exact_match": 0.9}, "max_grad_norm": None}
+    steps, _ = trained(tmp_path, weighting, steps=2)
+    assert all(r.metrics["weighting/above/exact_match"] < 0 for r in steps)
+    first, second = (r.metrics["weighting/multiplier/exact_match"] for r in steps)
+    assert 0 < first < second and steps[0].metrics["weighting/objective_weight"] == pytest.approx(1 - first)
+    assert steps[0].metrics["weighting/above/exact_match"] == pytest.approx(
+        steps[0].metrics["reward/exact_match"] - 0.9
+    )
+
+
+def test_a_sum_of_advantages_that_nobody_normalised_is_warned_of(tmp_path):
+    sums = (f"{HERE}=normalise_then_sum", "stages.1.algorithm.advantage=dr_grpo")
+    assert "the component with the largest spread decides" in said(write(tmp_path), *sums)[0]
+    assert said(write(tmp_path), *sums[:1]) == []

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from alignment.algorithms import hypervolume  # noqa: F401 - it registers a weighting
+from alignment.algorithms import (  # noqa: F401 - they register weightings
+    ensembles,
+    gradient_weights,
+    hypervolume,
+    lagrangian,
+    normalised_sum,
+    recap,
+)
 from alignment.algorithms.advantages import Advantage, Grpo, advantages
 from alignment.algorithms.aggregations import Aggregation, TokenMean, aggregations
 from alignment.algorithms.corrections import Correction, Tis, corrections

@@ -5,7 +5,7 @@ A scalarising weighting has ``scalarise(state, batch) -> reward_B``. One with ``
 ``rewards_BK`` is NaN where a component does not apply. The whole batch is given, so groups can be normalised.
 
 Those of a paper stand in files of their own: ``hypervolume``, ``gradient_weights``, ``lagrangian``, ``ensembles``,
-``recap``.
+``recap``, ``normalised_sum``.
 """
 
 from dataclasses import dataclass

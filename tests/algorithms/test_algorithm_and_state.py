@@ -24,10 +24,19 @@ KINDS = {
     "aggregations": {"token_mean", "sequence_mean", "sequence_sum", "constant"},
     "kl_penalties": {"k1", "k2", "k3", "k3_straight_through"},
     "corrections": {"tis", "icepop", "sequence_tis", "sequence_mask", "geometric_mask"},
-    "weightings": {"fixed", "normalised", "hypervolume"},
+    "weightings": {"fixed", "normalised", "normalise_then_sum", "hypervolume", "gradient", "lagrangian", "ensemble"}
+    | {"recap"},
     "entropy_controls": {"bonus"},
     "mixers": {"none"},
 }
+
+
+REQUIRED = {
+    "constant": {"length": 9},
+    "lagrangian": {"thresholds": {"b": 0.5}},
+    "ensemble": {"members": ["a", "b"]},
+}
+"""Options without a default."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,7 +53,7 @@ def test_everything_is_registered_and_described(kind):
 def test_a_component_survives_being_written_to_a_recipe_and_read_back(kind):
     registry = REGISTRIES[kind]
     for name in KINDS[kind]:
-        made = registry.build({"name": name, "length": 9} if name == "constant" else name)
+        made = registry.build({"name": name, **REQUIRED.get(name, {})})
         assert registry.build(registry.dump(made)) == made
 
 
