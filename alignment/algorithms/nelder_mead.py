@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import pstdev
+from statistics import fmean, pstdev
 
 Point = list[float]
 Cache = list[tuple[Point, float]]
 """Points that were judged and what they were worth: JSON values."""
+
+
+Corner = tuple[float, Point]
 
 
 @dataclass(frozen=True)
@@ -49,35 +52,47 @@ def nelder_mead(
     """
     size = len(simplex) - 1
     assert size > 0 and all(len(p) == size for p in simplex), "N + 1 points of N numbers"
-    known: Cache = [] if cache is None else cache
-    calls = 0
-
-    def judge(point: Point) -> tuple[float, Point]:
-        nonlocal calls
-        for other, value in known:
-            if all(a == b or abs(a - b) < near for a, b in zip(point, other, strict=True)):
-                return value, point
-        calls += 1
-        known.append((point, function(point)))
-        return known[-1][1], point
-
-    def along(start: Point, end: Point, share: float) -> tuple[float, Point]:
-        return judge([a + share * (b - a) for a, b in zip(start, end, strict=True)])
-
+    judge = _Judge(function, [] if cache is None else cache, near)
     corners, done = sorted(judge(list(map(float, p))) for p in simplex), 0
     while done < iterations and pstdev(value for value, _ in corners) >= tolerance:
-        done += 1
-        best, others, (worst_value, worst) = corners[0], corners[:-1], corners[-1]
-        centre = [sum(p[i] for _, p in others) / size for i in range(size)]
-        reflected = along(worst, centre, 2.0)
-        if reflected[0] < best[0]:
-            new: tuple[float, Point] | None = min(reflected, along(worst, centre, 3.0))
-        elif reflected[0] < others[-1][0]:
-            new = reflected
-        else:
-            inside = along(worst, centre, 0.5)
-            new = inside if inside[0] < worst_value else None
-        corners = [*others, new] if new else [best, *(along(best[1], p, 0.5) for _, p in corners[1:])]
-        corners.sort()
+        corners, done = _moved(corners, judge), done + 1
     value, point = corners[0]
-    return Found(point, value, done, calls)
+    return Found(point, value, done, judge.calls)
+
+
+@dataclass
+class _Judge:
+    """Values of points, from the cache where it knows them."""
+
+    function: Callable[[Point], float]
+    known: Cache
+    near: float
+    calls: int = 0
+
+    def __call__(self, point: Point) -> Corner:
+        for other, value in self.known:
+            if all(a == b or abs(a - b) < self.near for a, b in zip(point, other, strict=True)):
+                return value, point
+        value = self.function(point)
+        self.calls += 1
+        self.known.append((point, value))
+        return value, point
+
+    def along(self, start: Point, end: Point, share: float) -> Corner:
+        """The point that is ``share`` of the way from one to the other."""
+        return self([a + share * (b - a) for a, b in zip(start, end, strict=True)])
+
+
+def _moved(corners: list[Corner], judge: _Judge) -> list[Corner]:
+    """One iteration on corners in order, the best first."""
+    best, others, (worst_value, worst) = corners[0], corners[:-1], corners[-1]
+    centre = [fmean(p[i] for _, p in others) for i in range(len(worst))]
+    reflected = judge.along(worst, centre, 2.0)
+    if reflected[0] < best[0]:
+        return sorted([*others, min(reflected, judge.along(worst, centre, 3.0))])
+    if reflected[0] < others[-1][0]:
+        return sorted([*others, reflected])
+    inside = judge.along(worst, centre, 0.5)
+    if inside[0] < worst_value:
+        return sorted([*others, inside])
+    return sorted([best, *(judge.along(best[1], p, 0.5) for _, p in corners[1:])])

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.credit import component_advantages, credit
 from alignment.algorithms.ensembles import Ensemble, combined
 from alignment.algorithms.gradient_weights import Gradient, exponentiated, influence
+from alignment.algorithms.hypervolume import Hypervolume
 from alignment.algorithms.lagrangian import Lagrangian, base_weight, multiplier, slope
 from alignment.algorithms.normalised_sum import NormaliseThenSum
 from alignment.algorithms.recap import Recap, balance, signal
@@ -165,7 +166,7 @@ def test_golden_saddle_points_of_a_scalar_policy(kind, theta, x, m):
 
 
 def test_multipliers_have_momentum_and_a_clipped_gradient():
-    plain = {"thresholds": {"b": 0.5, "c": 0.5}}
+    plain: dict[str, Any] = {"thresholds": {"b": 0.5, "c": 0.5}}
     weighting = Lagrangian(**plain, momentum=0.5, max_grad_norm=None)
     below = told({"a": 0.0, "b": 0.1, "c": 0.5})
     first = weighting.observe(weighting.init(), below)
@@ -327,3 +328,40 @@ def test_the_sum_has_the_recipes_weights_and_leaves_other_rows_out(make_batch):
     torch.testing.assert_close(summed, alone)
     whole = credit(batch, Algorithm(weighting=NormaliseThenSum()), {}).adv_BT
     assert whole is not None and whole[3].abs().max() == 0 and whole[:3, 1].std() == pytest.approx(1.0)
+
+
+ALL = [
+    Ensemble(members=("a", "b")),
+    Gradient(),
+    Hypervolume(apply_to="advantage"),
+    Lagrangian(thresholds={"b": 0.5}),
+    NormaliseThenSum(),
+    Recap(window=2),
+]
+
+
+@pytest.mark.parametrize("weighting", ALL, ids=lambda w: type(w).__name__)
+def test_neither_the_order_of_rows_nor_padding_matters(make_batch, weighting):
+    generator = torch.Generator().manual_seed(1)
+    rewards_BK = torch.rand(8, 3, generator=generator)
+    rewards_BK[[1, 5, 6], [0, 1, 2]] = NAN
+    batch = make_batch(
+        rewards_BK.tolist(), [3, 1, 2, 4, 2, 2, 1, 3], [0, 0, 0, 1, 1, 1, 2, 2], objectives=("a", "b", "c")
+    )
+    state = {**weighting.init()}
+    if isinstance(weighting, Recap):
+        state = {"losses": {"a": [0.9, 0.9, 0.2, 0.1], "b": [0.5] * 4, "c": [0.1, 0.9] * 2}}
+    algorithm, states = Algorithm(advantage=Grpo(), weighting=weighting), {"weighting": state}
+    order = torch.tensor([7, 2, 4, 0, 1, 6, 3, 5])
+    expected_BT = credit(batch, algorithm, states).adv_BT
+    shuffled_BT = credit(batch.rows(order), algorithm, states).adv_BT
+    assert expected_BT is not None and shuffled_BT is not None and expected_BT.abs().max() > 0.1
+    torch.testing.assert_close(shuffled_BT, expected_BT[order])
+    wider = {
+        f.name: torch.cat([value, torch.zeros(8, 2, dtype=value.dtype)], 1)
+        for f in fields(batch)
+        if f.name.endswith("_BT") and isinstance(value := getattr(batch, f.name), torch.Tensor)
+    }
+    padded_BT = credit(replace(batch, **wider), algorithm, states).adv_BT
+    assert padded_BT is not None
+    torch.testing.assert_close(padded_BT[:, :-2], expected_BT)

@@ -16,7 +16,7 @@ def bowl(point):
 def test_golden_bowl():
     found = nelder_mead(bowl, CORNERS, iterations=60, tolerance=0.0, near=0.0)
     assert found.point == pytest.approx([0.3, 0.7], abs=1e-6)
-    assert found.iterations == 60 and found.evaluations == pytest.approx(111, abs=12)
+    assert found.iterations == 60 and found.evaluations == pytest.approx(111, abs=4)
 
 
 def test_it_stops_when_the_corners_are_alike():
