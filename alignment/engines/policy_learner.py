@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from alignment.algorithms.objective import combine
 from alignment.batching import split_minibatches
 from alignment.engines.backend import Backend, Kept
-from alignment.engines.gram import gram_of
+from alignment.engines.gradients import accumulate, gram_of
 from alignment.engines.learner_config import LearnerOptions
 from alignment.engines.learner_files import restore_learner, save_learner
 from alignment.engines.logprobs import Entropy, evaluating
@@ -231,20 +231,20 @@ class PolicyLearner:
         return metrics
 
     def gram(self, batch: Batch, objective: PolicyObjective, adv_KBT: Tensor, layers: str | None = None) -> Tensor:
-        """As :func:`alignment.engines.gram.gram_of`: of the objective over the whole of ``batch``, its KL and entropy
-        included, with the dropout of the next update. K passes forward and backward; nothing is trained.
+        """As :func:`alignment.engines.gradients.gram_of`: of the objective over the whole of ``batch``, KL and entropy
+        terms included, with the dropout of the next update. K passes forward and backward; nothing is trained.
         """
         batch, goal = batch.to(self.device), PolicyGoal(self.backend, objective)
 
-        def accumulate(adv_BT: Tensor) -> None:
+        def gradient_of(adv_BT: Tensor) -> None:
             with self._training():
                 self._seed_dropout(MAIN_SLOT, self.slots[MAIN_SLOT])
                 stream = goal.prepare(replace(batch, adv_BT=adv_BT.to(self.device)))
-                self._backward(goal.loss, stream, self.backend)
+                accumulate(self.backend, goal.loss, stream, self.config.micro_batch_tokens)
 
         if not batch.loss_mask_BT.any():
             return torch.zeros(len(adv_KBT), len(adv_KBT), dtype=torch.float64)
-        return gram_of(self.backend, accumulate, adv_KBT, layers)
+        return gram_of(self.backend, gradient_of, adv_KBT, layers)
 
     def _seed_dropout(self, name: str, slot: Slot) -> None:
         rank = self.backend.share.rank
@@ -286,7 +286,7 @@ class PolicyLearner:
                 if not minibatch.loss_mask_BT.any():
                     empty += 1
                     continue
-                loss, parts = self._backward(loss_of, minibatch, backend)
+                loss, parts = accumulate(backend, loss_of, minibatch, self.config.micro_batch_tokens)
                 outcomes.append(slot.step(loss))
                 if outcomes[-1][2] and parts:
                     sums = combine(sums, parts)
@@ -302,21 +302,6 @@ class PolicyLearner:
             "skipped_steps": float(len(outcomes) - len(taken)),
             "empty_minibatches": float(empty),
         }
-
-    def _backward(
-        self, loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], minibatch: Batch, backend: Backend
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of a mini-batch, accumulated over this rank's micro-batches; its part of the loss and of sums."""
-        total, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
-        micros = backend.share.micro_batches(minibatch, self.config.micro_batch_tokens)
-        for i, (_, micro) in enumerate(micros):
-            with backend.computing():
-                loss, parts = loss_of(micro)
-            backend.backward(loss, last=i == len(micros) - 1)
-            total += loss.detach()
-            if parts:
-                sums = combine(sums, parts)
-        return total, sums
 
     # Persistence
 

@@ -1,4 +1,6 @@
-"""Inner products of the gradients of reward components, for weightings that ask which of them pull together."""
+"""Gradients of a mini-batch; and inner products of those of reward components, for weightings that ask which of them
+pull together.
+"""
 
 import re
 from collections.abc import Callable
@@ -6,10 +8,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from alignment.algorithms.objective import combine
 from alignment.engines.backend import Backend, policy_only
+from alignment.types import Batch
 
 
-def gram_of(backend: Backend, accumulate: Callable[[Tensor], None], adv_KBT: Tensor, layers: str | None) -> Tensor:
+def accumulate(
+    backend: Backend, loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], minibatch: Batch, budget: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients of a mini-batch, accumulated over this rank's micro-batches of at most ``budget`` tokens.
+
+    Returns:
+        This rank's part of the loss, and of the sums that ``loss_of`` gave with it.
+    """
+    total, sums = torch.zeros((), device=backend.device), dict[str, Tensor]()
+    micros = backend.share.micro_batches(minibatch, budget)
+    for i, (_, micro) in enumerate(micros):
+        with backend.computing():
+            loss, parts = loss_of(micro)
+        backend.backward(loss, last=i == len(micros) - 1)
+        total += loss.detach()
+        if parts:
+            sums = combine(sums, parts)
+    return total, sums
+
+
+def gram_of(backend: Backend, gradient_of: Callable[[Tensor], None], adv_KBT: Tensor, layers: str | None) -> Tensor:
     """``[K, K]`` float64 on the CPU: ``<g_k, g_j>`` over the policy's trained weights whose names match ``layers``.
 
     Gradients are gathered one parameter at a time. Each rank keeps its share of them in the host's memory until all K
@@ -17,7 +41,7 @@ def gram_of(backend: Backend, accumulate: Callable[[Tensor], None], adv_KBT: Ten
 
     Args:
         backend: Holds the weights.
-        accumulate: Adds the gradient with advantages ``adv_BT`` to what the backend has accumulated, which is nothing.
+        gradient_of: Adds the gradient with advantages ``adv_BT`` to what the backend has accumulated, which is nothing.
         adv_KBT: Of each component.
         layers: A regular expression that names contain; None: all.
 
@@ -32,7 +56,7 @@ def gram_of(backend: Backend, accumulate: Callable[[Tensor], None], adv_KBT: Ten
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for adv_BT in adv_KBT:
         backend.forget_gradients()
-        accumulate(adv_BT)
+        gradient_of(adv_BT)
         for name, gradient in backend.gradients(names):
             own = gradient.reshape(-1).tensor_split(ranks)[rank]
             parts[name].append(own.to("cpu", torch.float32, copy=True))
