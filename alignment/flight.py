@@ -81,6 +81,16 @@ class Watched:
         return self.objective.minibatches
 
     @property
+    def lr_factor(self) -> float:
+        """As :attr:`Objective.lr_factor`."""
+        return self.objective.lr_factor
+
+    @property
+    def update_norm(self) -> bool:
+        """As :attr:`Objective.update_norm`."""
+        return self.objective.update_norm
+
+    @property
     def wants_entropy_grad(self) -> bool:
         """As :attr:`Objective.wants_entropy_grad`."""
         return self.objective.wants_entropy_grad

@@ -2,21 +2,25 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from alignment.algorithms.advantages import advantage_metrics
-from alignment.algorithms.credit import credit
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.credit import component_advantages, credit
 from alignment.algorithms.mixers import imitation_metrics
 from alignment.algorithms.objective import Objective
-from alignment.algorithms.state import observe
+from alignment.algorithms.state import MEASURED, observe, report
 from alignment.algorithms.values import batch_metrics
 from alignment.collect import Collector, staleness
 from alignment.engines.roles import handles
+from alignment.evaluation.evaluate import Evaluation
 from alignment.flight import Watched
 from alignment.guidance import guided_metrics
 from alignment.job import Job
 from alignment.metrics import summarise
 from alignment.offline import supervise
 from alignment.recipe import RolloutStage
-from alignment.types import Context, Signals, TrainState
+from alignment.types import Batch, Context, Signals, TrainState
 
 
 def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState:
@@ -46,11 +50,12 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         lag = staleness(slots["rl"], state.step)
         with phases("annotate"), job.meanwhile(collector.pump):
             needs = algorithm.needs | (objective.needs(staleness=lag) | learner.needs if objective else frozenset())
-            batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs)
+            batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs - MEASURED)
         with phases("credit"):
             batch = credit(batch, algorithm, states)
         job.settled = False
         with phases("update"), job.meanwhile(collector.pump):
+            gram_KK = _gram(job, algorithm, batch, objective)
             watched = Watched(objective) if objective and job.engines.in_process else objective
             metrics = learner.update(batch, watched) | batch_metrics(batch) | advantage_metrics(batch)
             for slot in sorted(slots.keys() - {"rl"}):
@@ -58,17 +63,29 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         metrics |= job.publish(sealed.state.step + 1)
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
         with phases("record"):
-            signals = Signals(sealed.sampled, batch, metrics, evaluation and evaluation.flat(), context)
-            states = observe(components, states, signals)
-            state = replace(sealed.state.next_step(), components=states)
-            job.record_batch(state, batch, watched, sealed.state.components, metrics)
+            before = job.evaluations.get(sealed.state.step)
+            signals = Signals(sealed.sampled, batch, metrics, _flat(evaluation), context, _flat(before), gram_KK)
+            state = replace(sealed.state.next_step(), components=observe(components, states, signals))
+            job.record_batch(state, batch, watched, states, metrics)
             metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled)
             metrics |= imitation_metrics(slots["rl"], len(sealed.sampled))
-            metrics["staleness"] = float(lag)
+            metrics |= report(components, state.components) | {"staleness": float(lag)}
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
     collector.close()
     return state
+
+
+def _gram(job: Job, algorithm: Algorithm, batch: Batch, objective: Objective | None) -> Tensor | None:
+    """Inner products of the components' gradients on ``batch``, where a weighting asks for them."""
+    if objective is None or "gram" not in algorithm.needs:
+        return None
+    layers = getattr(algorithm.weighting, "layers", None)
+    return job.engines.learner.gram(batch, objective, component_advantages(batch, algorithm), layers)
+
+
+def _flat(evaluation: Evaluation | None) -> dict[str, float] | None:
+    return None if evaluation is None else evaluation.flat()
 
 
 def _collector(job: Job, stage: RolloutStage) -> Collector:

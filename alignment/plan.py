@@ -260,6 +260,8 @@ def _passes(stage: Stage) -> Iterator[str]:
             yield "reference log-probabilities"
         if "values" in needs and isinstance(stage.values, ModelCritic):
             yield "values"
+        if trained and "gram" in needs:
+            yield "gradients of each reward"
     if trained:
         yield "update" if trained == 1 else f"update ({trained} optimizer steps)"
     if isinstance(stage, RolloutStage) and isinstance(critic := stage.values, ModelCritic):

@@ -5,6 +5,7 @@ A recipe is light: it holds components and engine options, no model, no engine a
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ from alignment.recipe_sections import (
 from alignment.recipe_stages import STAGES, OnlineStage, RolloutStage, SftStage, Stage, ValueStage
 from alignment.recipe_tree import Mark, Node, Place, Problem, RecipeError, mark_of, merge, plain
 from alignment.recipe_values import differences, plain_values
+from alignment.recipe_weighting import cautions
 from alignment.recipe_yaml import parse_override, read_file
 from alignment.reward_registry import RewardSpec
 
@@ -127,6 +129,8 @@ def load(paths: Sequence[Path | str], overrides: Sequence[str] = (), beside: Pat
         order = {str(path): index for index, path in enumerate(paths)}
         raise RecipeError(sorted(found, key=lambda p: (order.get(p.mark.source, len(order)), p.mark.line or 0)))
     assert recipe is not None
+    for caution in cautions(recipe):
+        warnings.warn(caution, stacklevel=2)
     recipe._root, recipe._folder, recipe._plugin_folders = root, folders[0], folders
     return recipe
 

@@ -1,7 +1,6 @@
 """Mistakes that no single value shows: combinations that cannot work, and secrets. Found before anything starts."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignment.algorithms.advantages import advantages
@@ -9,22 +8,14 @@ from alignment.algorithms.decodings import decodings
 from alignment.algorithms.state import needs_of
 from alignment.critics import critics
 from alignment.engines.config import transports
-from alignment.recipe_tree import Node, Place, Problem, dotted, walk
+from alignment.recipe_tree import Conflict, Node, Place, Problem, dotted, walk
+from alignment.recipe_weighting import weighting_conflicts
 from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
 
 if TYPE_CHECKING:
     from alignment.recipe import OnlineStage, Recipe, Stage, ValueStage
 
     Rollouts = OnlineStage | ValueStage
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """Values that do not go together, told at ``place``. ``because`` are the places whose values it hangs on."""
-
-    place: Place
-    message: str
-    because: tuple[Place, ...] = ()
 
 
 def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
@@ -44,6 +35,8 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
             yield from _guidance(stage, place)
             yield from _sizes(recipe, stage, place)
             yield from _needs(recipe, stage, place)
+            if stage.stage == "online":
+                yield from weighting_conflicts(recipe, stage, place)
 
 
 def secrets(root: Node) -> list[Problem]:
@@ -328,6 +321,9 @@ def _needs(recipe: "Recipe", stage: "Rollouts", place: Place) -> Iterator[Confli
             elif need.startswith("role:"):
                 message = f"needs the model role '{need[5:]}', which nothing in this recipe provides"
                 yield Conflict(here, message, (here,))
+            elif need == "evaluation" and (recipe.data.eval is None or not recipe.evaluation.every):
+                message = "learns from evaluations during the stage: give data.eval and an evaluation.every above 0"
+                yield Conflict(here, message, (here, ("data", "eval"), ("evaluation", "every")))
             elif need == "demonstrations" and recipe.data.demonstrations is None:
                 yield Conflict(here, "needs data.demonstrations", (here, ("data", "demonstrations")))
 

@@ -48,6 +48,15 @@ class Problem:
         return f"{self.mark}: {dotted(self.place)}{': ' if self.place else ''}{self.message}"
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """Values that do not go together, told at ``place``. ``because`` are the places whose values it hangs on."""
+
+    place: Place
+    message: str
+    because: tuple[Place, ...] = ()
+
+
 class RecipeError(UserError):
     """Everything that is wrong with a recipe, one line each."""
 

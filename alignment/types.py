@@ -316,6 +316,10 @@ class Signals:
     evaluation: Mapping[str, float] | None
     """The evaluation of the policy after this update, if one was due."""
     context: Context
+    evaluation_before: Mapping[str, float] | None = None
+    """The evaluation of the policy before this update, if there was one; the stage's first policy has one."""
+    gram_KK: Tensor | None = None
+    """Inner products of the components' gradients before this update, if a component ``needs`` it (``gram``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,5 +347,4 @@ class TrainState:
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` where ``mask``; 0 where nothing is selected."""
-    mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum().clamp(min=1.0)
+    return (values * mask).sum() / mask.sum().clamp(min=1)

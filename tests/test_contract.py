@@ -129,7 +129,7 @@ class Lagrangian:
     def init(self) -> dict[str, Any]:
         return {"u": [0.0] * len(self.thresholds)}
 
-    def mix(self, state: Any, adv_KBT: Tensor) -> Tensor:
+    def mix(self, state: Any, adv_KBT: Tensor, batch: Batch) -> Tensor:
         mu = torch.tensor(state["u"]).sigmoid()
         return (len(mu) - mu.sum()) * adv_KBT[0] + torch.einsum("k,kbt->bt", mu, adv_KBT[1:])
 
@@ -152,8 +152,8 @@ def test_lagrangian_streams_mix_advantages_and_their_multipliers_learn(tmp_path)
 def test_lagrangian_golden_numbers():
     weighting, state = Lagrangian(thresholds=(0.4, 0.4)), {"u": [0.0, 0.0]}
     adv_KBT = torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
-    assert weighting.mix(state, adv_KBT).item() == 1 * 1 + 0.5 * 10 + 0.5 * 100
     batch = _plain_batch(rewards=torch.tensor([[0.0, 0.0]]))
+    assert weighting.mix(state, adv_KBT, batch).item() == 1 * 1 + 0.5 * 10 + 0.5 * 100
     one = Lagrangian(thresholds=(0.4,)).observe({"u": [0.0]}, _signals(batch))
     assert one["u"][0] == pytest.approx(0.01), "u moves by -lr * mu (1 - mu) * (J - theta)"
 

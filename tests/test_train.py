@@ -326,6 +326,9 @@ MATRIX: list[dict[str, Any]] = [
     *({"kl": {"name": k, "coefficient": 0.1}} for k in ("k1", "k2", "k3", "k3_straight_through")),
     *({"correction": c} for c in (None, "icepop", "sequence_tis", "sequence_mask", "geometric_mask")),
     {"weighting": "normalised"},
+    *({"weighting": w} for w in ("hypervolume", "gradient", "recap", "normalise_then_sum")),
+    {"weighting": {"name": "lagrangian", "thresholds": {"exact_match": 0.5}}},
+    {"weighting": {"name": "ensemble", "members": ["format", "exact_match"]}},
     {"entropy_controls": ["bonus"]},
 ]
 

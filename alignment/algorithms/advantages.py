@@ -21,7 +21,8 @@ from alignment.types import SOURCES, Batch, masked_mean
 class Advantage(Protocol):
     """How good each trained token was, compared with what was to be expected.
 
-    Optional on the class: ``min_group_size: ClassVar[int]``, completions of a prompt that it takes to say anything.
+    Optional on the class: ``min_group_size: ClassVar[int]``, completions of a prompt that it takes to say anything;
+    ``scale_free: bool``, whether a positive factor on all rewards changes nothing.
     """
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -94,6 +95,10 @@ class Grpo:
     normalise: Annotated[Literal["std", "none"], option("divide by the group's standard deviation, or do not")] = "std"
     std: Annotated[Literal["sample", "population"], option("divisor of the variance: G - 1 or G")] = "sample"
     eps: Annotated[float, option("added to the standard deviation", ge=0)] = 1e-6
+
+    @property
+    def scale_free(self) -> bool:
+        return self.normalise == "std"
 
     def __call__(self, batch: Batch) -> Tensor:
         adv_B = _above_mean(batch)
@@ -174,6 +179,8 @@ class ReinforcePp:
     output, are skipped without discount instead of ending the return.
     """
 
+    scale_free: ClassVar[bool] = True
+
     gamma: Annotated[float, option("discount per trained token", ge=0, le=1)] = 1.0
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -204,6 +211,7 @@ class ReinforcePpBaseline:
     """
 
     min_group_size: ClassVar[int] = 2
+    scale_free: ClassVar[bool] = True
 
     def __call__(self, batch: Batch) -> Tensor:
         trained_BT = _trained(batch)

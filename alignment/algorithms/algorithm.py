@@ -3,6 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from alignment.algorithms import (  # noqa: F401 - they register weightings
+    ensembles,
+    gradient_weights,
+    hypervolume,
+    lagrangian,
+    normalised_sum,
+    recap,
+)
 from alignment.algorithms.advantages import Advantage, Grpo, advantages
 from alignment.algorithms.aggregations import Aggregation, TokenMean, aggregations
 from alignment.algorithms.corrections import Correction, Tis, corrections
@@ -58,4 +66,4 @@ class Algorithm:
     @property
     def needs(self) -> frozenset[str]:
         """What its components ask to have computed; the number of updates per batch may add ``old_logp``."""
-        return frozenset(need for c in self.components().values() for need in needs_of(c)) - {"demonstrations"}
+        return frozenset(need for c in self.components().values() for need in needs_of(c))

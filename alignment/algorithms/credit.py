@@ -18,8 +18,8 @@ def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Bat
     """``batch`` with ``reward_B``, ``token_reward_BT``, ``adv_BT``, ``returns_BT`` and ``weight_BT`` filled in.
 
     A KL penalty in the reward becomes a token reward; the weighting makes one reward of the components, or one
-    advantage of their advantages; imitated demonstrations get advantage 1; the mixer may weigh rows. ``reward_B`` is
-    NaN, never 0, where a row is unscored.
+    advantage of their advantages, and may multiply all of them; imitated demonstrations get advantage 1; the mixer may
+    weigh rows. ``reward_B`` is NaN, never 0, where a row is unscored.
 
     Args:
         batch: Annotated with what ``algorithm.needs`` names.
@@ -36,6 +36,9 @@ def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Bat
         batch, token_reward_BT=_token_reward(batch, algorithm, states), scored_B=batch.scored_B & ~imitated_B
     )
     reward_B, adv_BT, returns_BT = _judge(judged, algorithm, states)
+    factor = getattr(algorithm.weighting, "advantage_factor", None)
+    if factor is not None:
+        adv_BT = factor(states.get("weighting")) * adv_BT
     adv_BT = torch.where(imitated_B[:, None], 1.0, adv_BT)
     trained_B = imitated_B | ~reward_B.isnan()
     credited = replace(
@@ -52,6 +55,12 @@ def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Bat
         return credited
     weight_BT = torch.ones_like(adv_BT) if batch.weight_BT is None else batch.weight_BT
     return replace(credited, weight_BT=weight_BT * row_weight_B[:, None])
+
+
+def component_advantages(batch: Batch, algorithm: Algorithm) -> Tensor:
+    """``[K, B, T]``: the advantages that each component alone gives the rows of a credited batch; imitated rows: 0."""
+    judged = replace(batch, scored_B=batch.scored_B & ~is_imitated(batch))
+    return torch.stack([algorithm.advantage(_stream(judged, k)) for k in range(batch.rewards_BK.shape[1])])
 
 
 def _token_reward(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Tensor | None:
@@ -76,7 +85,7 @@ def _judge(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> tup
         return stream.reward_B, algorithm.advantage(stream), _returns(algorithm.advantage, stream)
     assert isinstance(weighting, StreamMix), "a weighting with streams has 'mix'"
     streams = [_stream(batch, k) for k in range(batch.rewards_BK.shape[1])]
-    adv_BT = weighting.mix(state, torch.stack([algorithm.advantage(stream) for stream in streams]))
+    adv_BT = weighting.mix(state, torch.stack([algorithm.advantage(stream) for stream in streams]), batch)
     returns = [r for stream in streams if (r := _returns(algorithm.advantage, stream)) is not None]
     reward_B = torch.where(batch.scored_B, weighted_sum(batch), torch.nan)
     return reward_B, adv_BT, torch.stack(returns, -1) if returns else None

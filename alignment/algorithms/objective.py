@@ -48,6 +48,10 @@ class Objective:
     """``c_nll``."""
     epochs: int = 1
     minibatches: int = 1
+    lr_factor: float = 1.0
+    """Multiplies the learning rate of the update."""
+    update_norm: bool = False
+    """Whether somebody asks how far the update moves the weights."""
     imitate: bool = False
     """Every row is a demonstration: advantage 1 and ratio base ``self``, whatever the batch says."""
 
@@ -57,6 +61,7 @@ class Objective:
         kl = algorithm.kl
         in_loss = kl is not None and kl.apply_to == "loss"
         controls = enumerate(algorithm.entropy_controls)
+        lr_factor = getattr(algorithm.weighting, "lr_factor", None)
         return cls(
             policy_loss=algorithm.policy_loss,
             aggregation=algorithm.aggregation,
@@ -67,6 +72,8 @@ class Objective:
             positive_nll=algorithm.positive_nll,
             epochs=algorithm.epochs,
             minibatches=algorithm.minibatches,
+            lr_factor=1.0 if lr_factor is None else lr_factor(states.get("weighting")),
+            update_norm="update_norm" in algorithm.needs,
         )
 
     @classmethod

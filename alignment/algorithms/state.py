@@ -5,9 +5,15 @@ from typing import Any
 
 from alignment.types import Signals
 
+MEASURED = frozenset({"demonstrations", "update_norm", "gram", "evaluation"})
+"""Needs that are no annotations of a batch: ``update_norm``, a metric of how far an update moved the policy's weights;
+``gram``, inner products of the components' gradients before the update (:attr:`Signals.gram_KK`); ``evaluation``, that
+evaluations are made during the stage."""
+
 
 def needs_of(component: object) -> tuple[str, ...]:
-    """What ``component`` asks to have computed: ``reference``, ``old_logp``, ``entropy``, ``values``, ``role:NAME``."""
+    """What ``component`` asks to have computed: ``reference``, ``old_logp``, ``entropy``, ``values``, ``role:NAME``,
+    and :data:`MEASURED`."""
     return tuple(getattr(component, "needs", ()))
 
 
@@ -24,3 +30,9 @@ def observe(components: Mapping[str, Any], states: Mapping[str, Any], signals: S
     """
     learners = {name: component for name, component in components.items() if hasattr(component, "observe")}
     return {**states, **{name: component.observe(states[name], signals) for name, component in learners.items()}}
+
+
+def report(components: Mapping[str, Any], states: Mapping[str, Any]) -> dict[str, float]:
+    """What components that have ``metrics(state) -> Mapping[str, float]`` say of their states, as ``place/name``."""
+    told = {place: c.metrics(states.get(place)) for place, c in components.items() if hasattr(c, "metrics")}
+    return {f"{place}/{name}": float(value) for place, found in told.items() for name, value in found.items()}

@@ -1,8 +1,11 @@
 """Weightings: from several reward components to one reward, or one advantage, per row.
 
 A scalarising weighting has ``scalarise(state, batch) -> reward_B``. One with ``streams = True`` has
-``mix(state, adv_KBT) -> adv_BT`` instead: each component then gets advantages of its own before they are mixed.
+``mix(state, adv_KBT, batch) -> adv_BT`` instead: each component then gets advantages of its own before they are mixed.
 ``rewards_BK`` is NaN where a component does not apply. The whole batch is given, so groups can be normalised.
+
+Those of a paper stand in files of their own: ``hypervolume``, ``gradient_weights``, ``lagrangian``, ``ensembles``,
+``recap``, ``normalised_sum``.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,13 @@ from alignment.types import Batch
 
 @runtime_checkable
 class Weighting(Protocol):
-    """How components become one: a :class:`Scalarisation`, or with ``streams`` a :class:`StreamMix`."""
+    """How components become one: a :class:`Scalarisation`, or with ``streams`` a :class:`StreamMix`.
+
+    Optional on the class: ``advantage_factor(state) -> float``, which multiplies all advantages in the end, those of
+    imitated demonstrations excepted; ``lr_factor(state) -> float``, which multiplies the learning rate of the next
+    update and leaves its schedule alone; ``names``, the reward components that its options name, which a recipe's
+    check looks up.
+    """
 
     streams: ClassVar[bool]
     """Whether advantages are mixed instead of rewards."""
@@ -37,8 +46,8 @@ class Scalarisation(Protocol):
 class StreamMix(Protocol):
     """Weighting of advantages."""
 
-    def mix(self, state: Any, adv_KBT: Tensor) -> Tensor:
-        """``adv_BT`` from one advantage per component; 0 where a component does not apply."""
+    def mix(self, state: Any, adv_KBT: Tensor, batch: Batch) -> Tensor:
+        """``adv_BT`` from one advantage per component of ``batch``; 0 where a component does not apply."""
         ...
 
 

@@ -1,6 +1,7 @@
 """How a learner's weights are kept, run and stepped on: in one process here, in one rank of several elsewhere."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,14 @@ class Backend(Protocol):
         """Adds the gradient of this rank's part of the loss; ``last`` is the last before a step."""
         ...
 
+    def gradients(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients that :meth:`backward` accumulated, one parameter at a time; every rank takes all of them."""
+        ...
+
+    def forget_gradients(self) -> None:
+        """Drops what was accumulated."""
+        ...
+
     def slot(self, total_updates: int) -> Slot:
         """A new optimizer over the trained weights."""
         ...
@@ -70,6 +79,10 @@ class Backend(Protocol):
 
     def using(self, kept: Kept) -> AbstractContextManager[None]:
         """The module computes with the weights that were kept, inside."""
+        ...
+
+    def distance(self, kept: Kept) -> float:
+        """Euclidean, from what :meth:`keep` kept to the weights that the model computes with now."""
         ...
 
     def fingerprint(self) -> str:
@@ -139,6 +152,15 @@ class OneProcess:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
+    def gradients(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            p = self.trained[name]
+            yield name, torch.zeros_like(p) if p.grad is None else p.grad
+
+    def forget_gradients(self) -> None:
+        for p in self.trained.values():
+            p.grad = None
+
     def slot(self, total_updates: int) -> Slot:
         return Slot(self.config, total_updates, AdamW(self.trained, self.config, head_lr_ratio(self.head)))
 
@@ -155,6 +177,9 @@ class OneProcess:
     def using(self, kept: Kept) -> Iterator[None]:
         with replaced(policy_only(self.trained), kept):
             yield
+
+    def distance(self, kept: Kept) -> float:
+        return math.sqrt(float(squared_distance(policy_only(self.trained), kept)))
 
     def fingerprint(self) -> str:
         return digest(weights_of(self.module))
@@ -198,6 +223,12 @@ def head_lr_ratio(head: nn.Module | None) -> float:
 def policy_only(trained: Mapping[str, T]) -> dict[str, T]:
     """What of ``trained`` is no part of a value head."""
     return {name: p for name, p in trained.items() if not name.startswith(HEAD)}
+
+
+def squared_distance(tensors: Mapping[str, Tensor], kept: Kept) -> Tensor:
+    """A float64 scalar, summed parameter by parameter."""
+    squares = [(t.detach().double() - kept[name].double()).square().sum() for name, t in tensors.items()]
+    return torch.stack(squares).sum()
 
 
 def own_weights(backend: Backend, head: bool) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """One rank of several that hold a model together: DeepSpeed's ZeRO behind what a learner asks for."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from alignment.engines.backend import (
     own_weights,
     policy_only,
     replaced,
+    squared_distance,
     trained_of,
 )
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
@@ -31,6 +33,7 @@ from alignment.engines.deepspeed_zero import (
     Fragment,
     cast,
     engine_options,
+    forget_gradients,
     fragments,
     gathered,
     give_back_whole_weights,
@@ -104,6 +107,15 @@ class ZeroBackend:
         # DeepSpeed takes the mean over ranks, and the loss is a sum over them.
         self.engine.backward(loss * self.share.ranks, scale_wrt_gas=False)
 
+    def gradients(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            p = self.trained[name]
+            gradient = p.grad if p.grad is not None or self.stage == 0 else safe_get_full_grad(p)
+            yield name, torch.zeros(shape_of(p), device=self.device) if gradient is None else gradient
+
+    def forget_gradients(self) -> None:
+        forget_gradients(self.engine, self.stage)
+
     def slot(self, total_updates: int) -> Slot:
         return Slot(self.config, total_updates, ZeroAdamW(self))
 
@@ -141,6 +153,12 @@ class ZeroBackend:
         own = policy_only(self.trained)
         with shards_replaced(self.engine, own, kept) if self.stage == 3 else replaced(own, kept):
             yield
+
+    def distance(self, kept: Kept) -> float:
+        if self.stage < 3:  # whole on every rank
+            return math.sqrt(float(squared_distance(policy_only(self.trained), kept)))
+        square = squared_distance({name: p.ds_tensor for name, p in self._sharded()}, kept)
+        return math.sqrt(float(self.assembled({"square": square})["square"]))
 
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         yield from policy_only(self.trained).items()

@@ -161,6 +161,14 @@ class DeepSpeedLearner:
         """
         return self._ask("update", ray.put(batch), ray.put(objective), slot)[0]
 
+    def gram(self, batch: Batch, objective: Any, adv_KBT: Tensor, layers: str | None = None) -> Tensor:
+        """As :meth:`alignment.engines.policy_learner.PolicyLearner.gram`.
+
+        Raises:
+            ValueError: No trained weight's name has ``layers``, a regular expression, in it.
+        """
+        return self._ask("gram", ray.put(batch), ray.put(objective), ray.put(adv_KBT), layers)[0]
+
     def predict(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
         """``[len(prompts)]`` float32: the value that a role gives to the state at the end of each prompt's tokens."""
         return self._ask("predict", name, prompts)[0]

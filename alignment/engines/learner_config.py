@@ -47,6 +47,10 @@ class Learner(Protocol):
         """
         ...
 
+    def gram(self, batch: Batch, objective: Any, adv_KBT: Tensor, layers: str | None = None) -> Tensor:
+        """``[K, K]``: inner products of the policy's gradients with each of K advantages; nothing is trained."""
+        ...
+
     def predict(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
         """What the model ``name`` expects at the end of each prompt."""
         ...

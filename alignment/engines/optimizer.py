@@ -177,9 +177,9 @@ class Slot:
         """PyTorch's optimizer underneath."""
         return self.stepper.adamw
 
-    def begin(self) -> None:
-        """Begins an update: clears gradients and sets its learning rate."""
-        self.lr = lr_at(self.counts.updates, self.config, self.total_updates)
+    def begin(self, lr_factor: float = 1.0) -> None:
+        """Begins an update: clears gradients and sets its learning rate, ``lr_factor`` times that of the schedule."""
+        self.lr = lr_factor * lr_at(self.counts.updates, self.config, self.total_updates)
         self.stepper.begin(self.lr)
         self.counts.begun += 1
         self._moved = False

@@ -20,6 +20,16 @@ class PolicyObjective(Goal, Protocol):
         """Whether the loss uses the entropy, beyond reporting it."""
         ...
 
+    @property
+    def lr_factor(self) -> float:
+        """Multiplies the learning rate of the update."""
+        ...
+
+    @property
+    def update_norm(self) -> bool:
+        """Whether to measure how far the update moves the policy's weights."""
+        ...
+
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the mini-batch's loss, and sums for metrics."""
         ...

@@ -1,11 +1,9 @@
 """What every learner does, wherever its weights are. It is blind to the algorithm."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,9 @@ from torch import Tensor, nn
 from alignment.algorithms.objective import combine
 from alignment.batching import split_minibatches
 from alignment.engines.backend import Backend, Kept
+from alignment.engines.gradients import accumulate, gram_of
 from alignment.engines.learner_config import LearnerOptions
+from alignment.engines.learner_files import restore_learner, save_learner
 from alignment.engines.logprobs import Entropy, evaluating
 from alignment.engines.optimizer import Slot
 from alignment.engines.policy_goal import PolicyGoal, PolicyObjective
@@ -206,7 +206,8 @@ class PolicyLearner:
 
         Returns:
             The objective's metrics over the mini-batches that were stepped on, with ``loss`` and ``grad_norm`` as
-            means over them, ``lr``, ``tokens`` trained on (again in every epoch), and counts:
+            means over them, ``lr``, ``tokens`` trained on (again in every epoch), ``update_norm`` if the objective
+            asks (how far the policy's trained weights moved, as the model computes with them), and counts:
             ``optimizer_steps``, ``skipped_steps`` (numbers were not finite), ``empty_minibatches`` (nothing to train
             on, so no step). A role's are prefixed ``NAME/``.
 
@@ -218,12 +219,36 @@ class PolicyLearner:
         with self._training():
             if objective is not None:
                 policy = PolicyGoal(self.backend, objective, self.roles.head if slot == MAIN_SLOT else None)
-                metrics |= {"tokens": 0.0} | self._fit(slot, policy, policy.loss, batch, own, self.backend)
+                before = self.backend.keep() if objective.update_norm else None
+                found = self._fit(slot, policy, policy.loss, batch, own, self.backend, objective.lr_factor)
+                metrics |= {"tokens": 0.0} | found
+                if before is not None:
+                    metrics["update_norm"] = self.backend.distance(before)
             for name, role in self.roles.items() if slot == MAIN_SLOT else ():
                 if isinstance(role, TrainedRole) and role.slot is not None and not role.of_prompts:
                     fitted = self._fit(name, role, role.loss, batch, role.slot, role.backend)
                     metrics |= {f"{name}/{key}": value for key, value in fitted.items()}
         return metrics
+
+    def gram(self, batch: Batch, objective: PolicyObjective, adv_KBT: Tensor, layers: str | None = None) -> Tensor:
+        """As :func:`alignment.engines.gradients.gram_of`: of the objective over the whole of ``batch``, KL and entropy
+        terms included, with the dropout of the next update. K passes forward and backward; nothing is trained.
+        """
+        batch, goal = batch.to(self.device), PolicyGoal(self.backend, objective)
+
+        def gradient_of(adv_BT: Tensor) -> None:
+            with self._training():
+                self._seed_dropout(MAIN_SLOT, self.slots[MAIN_SLOT])
+                stream = goal.prepare(replace(batch, adv_BT=adv_BT.to(self.device)))
+                accumulate(self.backend, goal.loss, stream, self.config.micro_batch_tokens)
+
+        if not batch.loss_mask_BT.any():
+            return torch.zeros(len(adv_KBT), len(adv_KBT), dtype=torch.float64)
+        return gram_of(self.backend, gradient_of, adv_KBT, layers)
+
+    def _seed_dropout(self, name: str, slot: Slot) -> None:
+        rank = self.backend.share.rank
+        torch.manual_seed(keyed_seed(self.seed, "dropout", name, slot.counts.begun, *([rank] if rank else [])))
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -246,13 +271,13 @@ class PolicyLearner:
         batch: Batch,
         slot: Slot,
         backend: Backend,
+        lr_factor: float = 1.0,
     ) -> dict[str, float]:
         """All epochs and mini-batches of one update in one slot, with dropout's numbers those of this update of it."""
-        rank = self.backend.share.rank
-        torch.manual_seed(keyed_seed(self.seed, "dropout", name, slot.counts.begun, *([rank] if rank else [])))
+        self._seed_dropout(name, slot)
         sums: dict[str, Tensor] = {}
         outcomes: list[tuple[float, float, bool]] = []
-        slot.begin()
+        slot.begin(lr_factor)
         empty = 0
         for epoch in range(goal.epochs):
             key = keyed_seed("minibatches", batch.seed, batch.step, epoch)
@@ -261,7 +286,7 @@ class PolicyLearner:
                 if not minibatch.loss_mask_BT.any():
                     empty += 1
                     continue
-                loss, parts = self._backward(loss_of, minibatch, backend)
+                loss, parts = accumulate(backend, loss_of, minibatch, self.config.micro_batch_tokens)
                 outcomes.append(slot.step(loss))
                 if outcomes[-1][2] and parts:
                     sums = combine(sums, parts)
@@ -278,21 +303,6 @@ class PolicyLearner:
             "empty_minibatches": float(empty),
         }
 
-    def _backward(
-        self, loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], minibatch: Batch, backend: Backend
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of a mini-batch, accumulated over this rank's micro-batches; its part of the loss and of sums."""
-        total, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
-        micros = backend.share.micro_batches(minibatch, self.config.micro_batch_tokens)
-        for i, (_, micro) in enumerate(micros):
-            with backend.computing():
-                loss, parts = loss_of(micro)
-            backend.backward(loss, last=i == len(micros) - 1)
-            total += loss.detach()
-            if parts:
-                sums = combine(sums, parts)
-        return total, sums
-
     # Persistence
 
     def fingerprint(self) -> str:
@@ -304,18 +314,7 @@ class PolicyLearner:
 
         Weights that are not trained (the base under LoRA) are recorded by their checksum only.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.write(folder / "policy.safetensors")
-        if self.reference is not None:
-            self.backend.write(folder / "reference.safetensors", self.reference)
-        record: dict[str, Any] = {"frozen": self.backend.frozen(), "reference": self.reference is not None}
-        record["slots"] = {name: slot.save(folder / f"slot-{name}") for name, slot in self.slots.items()}
-        record["roles"] = {}
-        for name, role in self.roles.items():
-            role.backend.write(folder / f"role-{name}.safetensors", head=role is self.roles.head)
-            record["roles"][name] = None if role.slot is None else role.slot.save(folder / f"role-{name}-slot")
-        if self.backend.share.rank == 0:
-            (folder / "learner.json").write_text(json.dumps(record, indent=1))
+        save_learner(self, folder)
 
     def restore(self, folder: Path) -> None:
         """Continues exactly from what :meth:`save` wrote, in place.
@@ -323,20 +322,7 @@ class PolicyLearner:
         Raises:
             ValueError: Names, shapes or types of weights, the frozen base, or the roles are not those of this learner.
         """
-        record = json.loads((folder / "learner.json").read_text())
-        if record["frozen"] != self.backend.frozen():
-            raise ValueError(f"{folder} belongs to another base model: the weights that are not trained differ")
-        if record["roles"].keys() != self.roles.keys():
-            raise ValueError(f"{folder} has roles {sorted(record['roles'])} and this learner {sorted(self.roles)}")
-        self.backend.read(folder / "policy.safetensors")
-        self.reference = self.backend.read_kept(folder / "reference.safetensors") if record["reference"] else None
-        self.slots = {MAIN_SLOT: self.backend.slot(self.total_updates)}
-        for name, counts in record["slots"].items():
-            self.slot(name).restore(folder / f"slot-{name}", counts)
-        for name, role in self.roles.items():
-            role.backend.read(folder / f"role-{name}.safetensors", head=role is self.roles.head)
-            if role.slot is not None:
-                role.slot.restore(folder / f"role-{name}-slot", record["roles"][name])
+        restore_learner(self, folder, MAIN_SLOT)
 
     def close(self) -> None:
         """Ends whatever it started; may be called twice."""

@@ -14,7 +14,7 @@ from alignment.algorithms.corrections import Tis
 from alignment.algorithms.entropy_controls import Bonus
 from alignment.algorithms.kl_penalties import K1, K2
 from alignment.algorithms.policy_losses import Clip
-from alignment.algorithms.state import fresh, needs_of, observe
+from alignment.algorithms.state import fresh, needs_of, observe, report
 from alignment.registry import REGISTRIES
 
 ADAPTER = TypeAdapter(Algorithm)
@@ -24,10 +24,19 @@ KINDS = {
     "aggregations": {"token_mean", "sequence_mean", "sequence_sum", "constant"},
     "kl_penalties": {"k1", "k2", "k3", "k3_straight_through"},
     "corrections": {"tis", "icepop", "sequence_tis", "sequence_mask", "geometric_mask"},
-    "weightings": {"fixed", "normalised"},
+    "weightings": {"fixed", "normalised", "normalise_then_sum", "hypervolume", "gradient", "lagrangian", "ensemble"}
+    | {"recap"},
     "entropy_controls": {"bonus"},
     "mixers": {"none"},
 }
+
+
+REQUIRED = {
+    "constant": {"length": 9},
+    "lagrangian": {"thresholds": {"b": 0.5}},
+    "ensemble": {"members": ["a", "b"]},
+}
+"""Options without a default."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,7 +53,7 @@ def test_everything_is_registered_and_described(kind):
 def test_a_component_survives_being_written_to_a_recipe_and_read_back(kind):
     registry = REGISTRIES[kind]
     for name in KINDS[kind]:
-        made = registry.build({"name": name, "length": 9} if name == "constant" else name)
+        made = registry.build({"name": name, **REQUIRED.get(name, {})})
         assert registry.build(registry.dump(made)) == made
 
 
@@ -124,6 +133,9 @@ class Counter:
     def observe(self, state, signals):
         return {"seen": state["seen"] + signals.metrics["n"]}
 
+    def metrics(self, state):
+        return {"seen": state["seen"]}
+
 
 def test_needs_are_collected():
     assert needs_of(Clip()) == ()
@@ -148,3 +160,9 @@ def test_states_are_made_and_updated_by_name_and_others_are_kept():
     assert states["a"] == {"seen": 0}
     with pytest.raises(KeyError):
         observe(components, {}, signals)
+
+
+def test_what_components_say_of_their_states_is_named_by_their_place():
+    assert report({"curricula.0": Counter(), "advantage": Rloo()}, {"curricula.0": {"seen": 3}}) == {
+        "curricula.0/seen": 3.0
+    }

@@ -104,7 +104,7 @@ class Lagrangian:
 
     streams: ClassVar[bool] = True
 
-    def mix(self, state, adv_KBT):
+    def mix(self, state, adv_KBT, batch):
         m_N = torch.tensor(state["m"])
         return (len(m_N) - m_N.sum()) * adv_KBT[0] + (m_N[:, None, None] * adv_KBT[1:]).sum(0)
 

@@ -100,6 +100,8 @@ class Reinforce:
     epochs: int = 1
     minibatches: int = 1
     entropy_bonus: float = 0.0
+    lr_factor: float = 1.0
+    update_norm: bool = False
 
     @property
     def wants_entropy_grad(self) -> bool:

@@ -135,6 +135,12 @@ def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
         theirs = torch_learner.update(expected, grpo(epochs=2, minibatches=2))
         assert ours.keys() == theirs.keys()
         assert {k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in theirs.items()} == ours
+    assert annotated.adv_BT is not None
+    adv_KBT, asked = torch.stack([annotated.adv_BT, annotated.adv_BT.cos()]), replace(grpo(), update_norm=True)
+    grams = [each.gram(annotated, asked, adv_KBT) for each in (learner, torch_learner)]
+    torch.testing.assert_close(*grams, rtol=1e-3, atol=1e-5)
+    norms = [each.update(annotated, asked)["update_norm"] for each in (learner, torch_learner)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert opener.idle > 0, "a run is looked after while it waits"
 
     sent = whole(learner)

@@ -1,4 +1,6 @@
-"""Models beside the policy, on the ranks of the DeepSpeed learner: what the torch learner gives, at every stage."""
+"""Models beside the policy, and what is measured beside training, on the ranks of the DeepSpeed learner: what the torch
+learner gives, at every stage.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from alignment.engines.value_roles import HeadRoleSpec
 from tests.engines.helpers import critic, grpo, learner_of, with_returns
 from tests.engines.rank_checks import OPTIONS, Call, batches, module_of, numbers, rank_of, whole_weights
 from tests.engines.ranks import worlds  # noqa: F401 - a fixture
+from tests.engines.test_measures import measured
 
 SHARED = HeadRoleSpec(ValueShape(Scalar()), coefficient=0.5, lr_ratio=2.0)
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [2, 2]]
@@ -92,3 +95,23 @@ def test_roles_under_bfloat16_learn_and_go_on_exactly(worlds, tmp_path, kind):  
     (after, again), _ = worlds(2).run(Call(on_rank, options), kind, "tiny", str(tmp_path))[0]
     assert after == metrics[2:] and all(np.array_equal(again[n], ours[n]) for n in ours)
     assert all(m["skipped_steps"] == 0 for m in metrics)
+
+
+def measured_on_rank(module: str, **options: Any) -> Any:
+    learner = rank_of(module, **options)
+    result = measured(learner)
+    learner.close()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("stage", "module"),
+    [(0, "tiny"), (3, "untied"), *(pytest.param(stage, "tiny", marks=pytest.mark.full) for stage in (1, 2))],
+)
+def test_ranks_measure_what_one_process_does(worlds, stage, module):  # noqa: F811
+    options = {"eps": 1e-3, "lr": 1e-2}
+    grams, norms = measured(learner_of(module_of(module), **(OPTIONS | options)))
+    for theirs, moves in worlds(2).run(Call(measured_on_rank, {"zero_stage": stage, **options}), module):
+        assert moves == pytest.approx(norms, rel=1e-4)
+        for name, gram_KK in grams.items():
+            np.testing.assert_allclose(theirs[name], gram_KK, rtol=1e-3, atol=1e-7, err_msg=name)
