@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
-import torch
-
 from alignment.curricula.contract import curricula
-from alignment.types import Context, Prompt, keyed_seed
+from alignment.curricula.orders import next_of
+from alignment.types import Context, Prompt
 
 
 @curricula.register("uniform", source="this project", evidence="end to end")
@@ -30,19 +28,5 @@ class Uniform:
         self, state: Mapping[str, int], prompts: Sequence[Prompt], n: int, context: Context
     ) -> tuple[list[Prompt], dict[str, int]]:
         """The next ``n`` prompts. ``cursor`` counts the prompts already taken from ``epoch``."""
-        epoch, cursor = state["epoch"], state["cursor"]
-        chosen: list[Prompt] = []
-        while len(chosen) < n:
-            order = _permutation(context.seed, epoch, len(prompts))
-            taken = order[cursor : cursor + n - len(chosen)]
-            chosen += [prompts[i] for i in taken]
-            cursor += len(taken)
-            if cursor == len(prompts):
-                epoch, cursor = epoch + 1, 0
-        return chosen, {"epoch": epoch, "cursor": cursor}
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(keyed_seed("uniform", seed, epoch))
-    return tuple(torch.randperm(count, generator=generator).tolist())
+        taken, epoch, cursor = next_of("uniform", context.seed, state["epoch"], state["cursor"], len(prompts), n)
+        return [prompts[i] for i in taken], {"epoch": epoch, "cursor": cursor}
