@@ -25,7 +25,7 @@ class Pair:
 _WASTED = Pair(
     "warns",
     "both look for prompts of middling difficulty, and what the one chose the other throws away after it was sampled: "
-    "leave the filter out, or give it the band 0 to 1",
+    "leave one of them out",
 )
 _SHARES = Pair(
     "warns",
