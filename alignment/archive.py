@@ -66,12 +66,6 @@ class GroupArchive:
             if not any(anchor - self.max_age <= step < anchor for anchor in anchors):
                 path.unlink()
 
-    def rewind(self, step: int) -> None:
-        """Removes the files of ``step`` and later ones, which are run again."""
-        for found, path in self._files().items():
-            if found >= step:
-                path.unlink()
-
     def _of(self, step: int) -> Mapping[int, str]:
         """The lines of a step, by uid."""
         if step not in self._lines:

@@ -101,11 +101,9 @@ class Job:
         return self.recipe.stages[self.state.stage]
 
     def open_archive(self, stage: RolloutStage) -> GroupArchive | None:
-        """What curricula of ``stage`` replay from, rewound to the last completed step; None where none replays."""
+        """What curricula of ``stage`` replay from; None where none replays."""
         ages = [getattr(c, "max_age", 0) for c in stage.curricula if hasattr(c, "replay")]
         self.archive = GroupArchive(self.run.folder / "archive", self.data.train, max(ages)) if ages else None
-        if self.archive is not None:
-            self.archive.rewind(self.state.step)
         return self.archive
 
     def player(self, environment: Environment) -> Player:

@@ -366,6 +366,8 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path, run):
     ledger = [json.loads(line) for line in (Path(whole["folder"]) / "ledger.jsonl").read_text().splitlines()]
     if "buffer" in run:
         assert any(line["replayed"] for line in ledger), "some batch was short and was filled up"
+        stale = {line["step"]: line["staleness"] for line in lines(whole["folder"]) if "staleness" in line}
+        assert all(stale[line["step"]] > 0 for line in ledger if line["replayed"]), "so log-probabilities are compared"
         assert sum(state["curricula.0"]["q"].values()) > 0
     if "levels" in run:
         assert state["curricula.0"]["open"] == 2 and state["curricula.1"]["seen"]

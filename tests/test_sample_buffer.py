@@ -78,8 +78,8 @@ def test_the_archive_keeps_what_any_continued_run_may_ask_for(archive):
         archive.add(step, [group(MADE[0], [1, 0], uid=step)])
     archive.prune([20, 9])
     assert sorted(archive._files()) == [5, 6, 7, 8, 16, 17, 18, 19]
-    archive.rewind(17)
-    assert sorted(archive._files()) == [5, 6, 7, 8, 16]
+    archive.prune([9])
+    assert sorted(archive._files()) == [5, 6, 7, 8], "a run that goes on from an earlier step drops later ones"
     with pytest.raises(UserError, match=r"step_00000018.jsonl lacks group 18"):
         archive.group(18, 18)
     with pytest.raises(UserError, match="lacks group 3"):

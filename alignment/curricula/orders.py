@@ -37,10 +37,10 @@ def order(name: str, seed: int, epoch: int, count: int) -> np.ndarray[Any, Any]:
 
 def _permutation(name: str, seed: int, epoch: int, count: int) -> np.ndarray[Any, Any]:
     generator = torch.Generator().manual_seed(keyed_seed(name, seed, epoch))
-    return torch.randperm(count, generator=generator).numpy()
+    return torch.randperm(count, generator=generator).numpy().astype(np.int32)
 
 
-_few = lru_cache(maxsize=4)(_permutation)
+_few = lru_cache(maxsize=16)(_permutation)
 _many = lru_cache(maxsize=512)(_permutation)
 
 

@@ -50,10 +50,10 @@ class Thompson:
 
     def beliefs(self, state: Any, prompts: Sequence[Prompt], step: int) -> tuple[np.ndarray[Any, Any], ...]:
         """Both parameters of each prompt's Beta distribution at ``step``."""
-        nothing = (0.0, 0.0, step)
-        counts = np.array([state["seen"].get(prompt.id, nothing) for prompt in prompts], dtype=np.float64)
-        left = 0.5 ** ((step - counts[:, 2]) / self.half_life)
-        return 1 + counts[:, 0] * left, 1 + counts[:, 1] * left
+        seen, nothing = state["seen"], (0.0, 0.0, step)
+        right, wrong, then = zip(*[seen.get(prompt.id, nothing) for prompt in prompts], strict=True)
+        left = 0.5 ** ((step - np.array(then, dtype=np.float64)) / self.half_life)
+        return 1 + np.array(right, dtype=np.float64) * left, 1 + np.array(wrong, dtype=np.float64) * left
 
     def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
         """The counts with those of all sampled groups, whatever became of them."""
