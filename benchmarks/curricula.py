@@ -131,7 +131,7 @@ def result(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "The first call of an epoch makes its order, and the first of all sorts the data set by arms; the "
             "candidates of one that chooses among some are drawn beforehand.",
             "Python's garbage collector does not look at the data set here (`gc.freeze`). In a run it does now and then, "
-            "for tens of milliseconds with a million prompts, in whatever happens to allocate.",
+            "in whatever happens to allocate.",
             "`observe` is of the groups of one call; making those groups does not count.",
         ],
         "goals": [goal(name, rows) for name in dict.fromkeys(row["selector"] for row in rows)],

@@ -1,4 +1,4 @@
-"""The component contract, proven by six methods that the project does not have yet: plain code that fits it unchanged.
+"""The component contract, proven by methods in plain code that fit it unchanged.
 
 Each is written as its users will write it and runs through the real loop. What is checked is what the method promises.
 """

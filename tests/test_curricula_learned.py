@@ -24,6 +24,7 @@ from alignment.curricula import (
 from alignment.curricula.instance_filter import admission_probability
 from alignment.curricula.orders import arm_of, arms_of
 from alignment.curricula.prompt_curriculum import nearest
+from alignment.curricula.thompson import shard
 from alignment.errors import UserError
 from alignment.types import Context, Prompt
 from tests.curricula_helpers import Table, group, prompts, signals
@@ -244,13 +245,15 @@ def test_beliefs_are_beta_and_evidence_fades():
     a, b = component.beliefs(state, made, 10)
     assert (a.tolist(), b.tolist()) == ([2.5, 1.0, 1.0], [1.5, 1.0, 1.0])
     state = component.observe(state, signals([group(made[0], [0, 0])], step=20))
-    assert state["seen"]["p0"] == [0.75, 2.25, 20] and len(state["seen"]) == 1, "only what was sampled"
+    assert state["seen"] == {shard("p0"): {"p0": [0.75, 2.25, 20]}, shard("p1"): {}}, "only what was sampled"
     assert component.metrics(state) == {"seen": 1.0}
 
 
 def test_thompson_sampling_chooses_what_is_likely_near_the_target():
     made, component = prompts(30), Thompson()
-    known = {f"p{i}": [90.0, 10.0, 0] if i < 10 else [50.0, 50.0, 0] for i in range(20)}
+    known: dict[str, Any] = {}
+    for i in range(20):
+        known.setdefault(shard(f"p{i}"), {})[f"p{i}"] = [90.0, 10.0, 0] if i < 10 else [50.0, 50.0, 0]
     counts: Counter[str] = Counter()
     for draws in range(200):
         chosen, after = component.select({"seen": known, "draws": draws}, made, 7, AT)
@@ -281,9 +284,10 @@ def test_it_takes_so_many_rollouts_in_a_row():
     made, component = prompts(1), InstanceFilter(rollouts=6)
     state = component.observe(component.init(), signals([group(made[0], [0, 0, None, 0, 0])]))
     assert state["runs"] == {"p0": -4} and not state["dropped"]
-    assert component.observe(state, signals([group(made[0], [1, 0])]))["runs"] == {"p0": -1}
+    assert component.observe(state, signals([group(made[0], [1, 0])]))["runs"] == {}
     assert component.observe(state, signals([group(made[0], [0, 0])]))["dropped"] == {"p0": 0}
-    assert component.run(-3, [True]) == 0 and InstanceFilter(drop_mastered=True).run(-3, [True, True]) == 2
+    assert component.run(-3, [True]) == 0 == component.run(-3, [False, True])
+    assert InstanceFilter(drop_mastered=True).run(-3, [True, True]) == 2
 
 
 def test_prompts_are_let_in_again_and_when_none_is_left_it_says_so():

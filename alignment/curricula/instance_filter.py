@@ -95,11 +95,14 @@ class InstanceFilter:
         return {**state, "runs": runs, "dropped": dropped}
 
     def run(self, before: int, verdicts: Sequence[bool]) -> int:
-        """Rollouts in a row that were wrong (as a negative number) or, if that counts, right, after ``verdicts``."""
-        for right in verdicts:
-            step = int(self.drop_mastered) if right else -1
-            before = before + step if before * step > 0 else step
-        return before
+        """Rollouts in a row that were wrong (as a negative number) or, if that counts, right, after a group.
+
+        The rollouts of a group have no order: one with both begins anew.
+        """
+        if any(verdicts) and (not all(verdicts) or not self.drop_mastered):
+            return 0
+        added = len(verdicts) if verdicts[0] else -len(verdicts)
+        return before + added if before * added > 0 else added
 
     def metrics(self, state: Any) -> dict[str, float]:
         """``dropped``: prompts that are left out."""
