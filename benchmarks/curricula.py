@@ -130,7 +130,7 @@ def result(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "not_equal": [
             "The first call of an epoch makes its order, and the first of all sorts the data set by arms; the "
             "candidates of one that chooses among some are drawn beforehand.",
-            "Python's garbage collector does not look at the data set here (`gc.freeze`). In a run it does now and then, "
+            "Python's garbage collector does not look at the data set here (`gc.freeze`). In a run it does, at times, "
             "in whatever happens to allocate.",
             "`observe` is of the groups of one call; making those groups does not count.",
         ],

@@ -366,7 +366,9 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path, run):
     assert alignment.train(parts, sinks=[Recorder(6)])["status"] == "interrupted"
     second = alignment.train(parts)
     assert contents(second["folder"]) == contents(whole["folder"]) and lines(second["folder"]) == lines(whole["folder"])
-    state = json.loads(contents(whole["folder"])["state.json"])["components"]
+    raw = contents(whole["folder"])["state.json"]
+    assert isinstance(raw, bytes)
+    state = json.loads(raw)["components"]
     ledger = [json.loads(line) for line in (Path(whole["folder"]) / "ledger.jsonl").read_text().splitlines()]
     if "buffer" in run:
         assert any(line["replayed"] for line in ledger), "some batch was short and was filled up"
