@@ -122,6 +122,8 @@ def check(
         _print_json({"recipe": loaded.resolved(), "plan": plan.to_json()})
     else:
         show_plan(loaded, plan, Console())
+        for warning in loaded.warnings:
+            Console(stderr=True).print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     if not plan.fits:
         raise typer.Exit(1)
 

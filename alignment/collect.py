@@ -14,7 +14,7 @@ launches exactly those again.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +45,12 @@ class Sealed:
     """The name of the component that left a group out, by the group's uid."""
     state: TrainState
     """The state it was collected from, with curricula, counters and what is in flight moved on."""
+
+    @property
+    def fresh(self) -> list[Group]:
+        """The groups to train on that were sampled for this batch."""
+        sampled = {group.uid for group in self.sampled}
+        return [group for group in self.groups if group.uid in sampled]
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -86,6 +92,8 @@ class Collector:
     """Of the stage; reward functions may ask."""
     max_staleness: int = 0
     """Policy versions that a token may be behind the policy that it trains."""
+    archive: Callable[[int, int], Group] | None = None
+    """For curricula that replay."""
     flights: deque[_Flight] = field(default_factory=deque)
     """In launch order: everything that was launched and that no batch has taken yet."""
     _by_uid: dict[int, _Flight] = field(default_factory=dict)
@@ -118,7 +126,7 @@ class Collector:
         self._launch_again(state)
         states, launched = dict(state.components), state.launched
         self._step, self._states = state.step, states
-        context = Context(state.step, self.seed, self.roles)
+        context = self.context(state.step)
         while True:
             if count := self._admissible(state):
                 with self.phases("choose"):
@@ -145,6 +153,10 @@ class Collector:
         in_flight = [[f.playing.uid, f.playing.prompt.id] for f in self.flights]
         after = replace(state, launched=launched, components=states, in_flight=in_flight)
         return Sealed(tuple(groups), tuple(sampled), dropped_by, after)
+
+    def context(self, step: int) -> Context:
+        """What components may know at ``step``."""
+        return Context(step, self.seed, self.roles, self.archive)
 
     def pump(self) -> None:
         """Takes in and scores what has finished meanwhile, without waiting: for whoever waits for the learner.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from alignment.alarms import Alarms
 from alignment.algorithms.objective import Objective
+from alignment.archive import GroupArchive
 from alignment.batching import collate
 from alignment.checkpoint import Checkpoints, Saved, save_state
 from alignment.collect import Sealed
@@ -57,6 +58,8 @@ class Job:
     """Wall-clock time by stage name, over all resumes."""
     engines: Engines = field(init=False)
     """Of the stage that is under way."""
+    archive: GroupArchive | None = None
+    """Where curricula that replay find groups of earlier steps; None where none of them replays."""
     saved_step: int | None = None
     settled: bool = True
     """False between an update of the learner and the step that ``state`` counts it as: nothing may be saved then."""
@@ -96,6 +99,12 @@ class Job:
     def stage(self) -> Stage:
         """The stage that is under way."""
         return self.recipe.stages[self.state.stage]
+
+    def open_archive(self, stage: RolloutStage) -> GroupArchive | None:
+        """What curricula of ``stage`` replay from; None where none replays."""
+        ages = [getattr(c, "max_age", 0) for c in stage.curricula if hasattr(c, "replay")]
+        self.archive = GroupArchive(self.run.folder / "archive", self.data.train, max(ages)) if ages else None
+        return self.archive
 
     def player(self, environment: Environment) -> Player:
         """Plays episodes of ``environment`` with the current weights; a stop is noticed between two completions.
@@ -191,6 +200,9 @@ class Job:
         groups = sealed.sampled if sealed else ()
         if sealed:
             self.ledger.append(state.step, sealed)
+            if self.archive is not None:
+                self.archive.add(sealed.state.step, sealed.fresh)
+                self.archive.prune([state.step, *self.checkpoints.steps()])
             name, verdicts = f"verdicts/{self.stage.name}", sum(r.scored for g in groups for r in g.rollouts)
             state = replace(state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts})
         self.state, self.settled = state, True

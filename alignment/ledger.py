@@ -24,11 +24,11 @@ class Ledger:
 
     def append(self, step: int, sealed: "Sealed") -> None:
         """Writes what became of the groups of the batch that made ``step``."""
-        sampled = {group.uid for group in sealed.sampled}
+        fresh = {group.uid for group in sealed.fresh}
         line = {
             "step": step,
-            "trained": [g.uid for g in sealed.groups if g.uid in sampled],
-            "replayed": [g.uid for g in sealed.groups if g.uid not in sampled],
+            "trained": sorted(fresh),
+            "replayed": [g.uid for g in sealed.groups if g.uid not in fresh],
             "dropped": {str(uid): by for uid, by in sealed.dropped_by.items()},
             "in_flight": [uid for uid, _ in sealed.state.in_flight],
             "launched": sealed.state.launched,

@@ -20,7 +20,7 @@ from alignment.job import Job
 from alignment.metrics import summarise
 from alignment.offline import supervise
 from alignment.recipe import RolloutStage
-from alignment.types import Batch, Context, Signals, TrainState
+from alignment.types import Batch, Signals, TrainState
 
 
 def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState:
@@ -43,7 +43,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
     while state.stage_step < stage.steps:
         sealed = collector.collect(state)
         job.engines.rest()
-        states, context = sealed.state.components, Context(sealed.state.step, job.seed, collector.roles)
+        states, context = sealed.state.components, collector.context(sealed.state.step)
         objective = None if stage.policy_rests(state.stage_step) else Objective.of(algorithm, states)
         groups = stage.trained(sealed.groups)
         slots = algorithm.mixer.route(states.get("mixer"), groups, job.data.demonstrations, context)
@@ -90,7 +90,7 @@ def _flat(evaluation: Evaluation | None) -> dict[str, float] | None:
 
 def _collector(job: Job, stage: RolloutStage) -> Collector:
     """What fills the stage's batches."""
-    player = job.player(stage.environment)
+    player, archive = job.player(stage.environment), job.open_archive(stage)
     return Collector(
         player=player,
         scorer=job.scorer,
@@ -104,4 +104,5 @@ def _collector(job: Job, stage: RolloutStage) -> Collector:
         phases=job.phases,
         steps=stage.steps,
         max_staleness=stage.max_staleness,
+        archive=archive and archive.group,
     )

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 from pydantic_core import to_json
 
 from alignment.environments import Environment, environments
+from alignment.recipe_advice import advice, refusals
 from alignment.recipe_checks import conflicts, model_problems, secrets
 from alignment.recipe_errors import problems_of, without
 from alignment.recipe_imports import import_problems
@@ -93,6 +94,12 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """The whole recipe with every default, as JSON values; :func:`load` reads it back to an equal recipe."""
         return plain_values(self)
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """What it may do and hardly should, each with its file and line."""
+        root = self._root or Node({}, Mark("recipe"))
+        return [Problem(mark_of(root, found.place), found.place, found.message) for found in advice(self)]
 
     def error(self, place: Place, message: str) -> RecipeError:
         """An error about the value at ``place``, with its file and line."""
@@ -188,7 +195,7 @@ def _validate(data: Any, root: Node, broken: Sequence[Place]) -> tuple[Recipe | 
             continue
         recipe = _with_evaluation_sampling(recipe)
         touched = [place[:-1] if place and isinstance(place[-1], int) else place for place in (*removed, *broken)]
-        for conflict in conflicts(recipe):
+        for conflict in (*conflicts(recipe), *refusals(recipe)):
             here = [conflict.place[:length] for length in range(len(conflict.place) + 1)]
             doubtful = any(_overlap(place, other) for place in conflict.because for other in touched)
             if not doubtful and not any(place in here for place in touched):

@@ -34,6 +34,7 @@ FILES = {
     "rollouts.jsonl": "a sample of what the model wrote, with scores",
     "result.json": "this summary",
     "checkpoints": "what the run continues from; `align export` makes a model folder of one",
+    "archive": "groups that may be trained on again",
     "flight": "the last batches, for `align replay`",
     "tensorboard": "curves, for TensorBoard",
 }
@@ -81,6 +82,8 @@ def train(
         if run.result.exists() and _is_complete(recipe, state):
             log.warning("%s is complete at step %d; --fresh starts it again", run.folder, state.step)
             return {**run.read_result(), "exit_code": 0}
+        for warning in recipe.warnings:
+            log.warning("%s", warning)
         run.write_recipe(recipe.resolved(), recipe.folder)
         run.write_start(init_from)
         with Sinks([*make_sinks(recipe), *sinks]) as sink:

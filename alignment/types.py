@@ -15,7 +15,7 @@ token ``t`` given tokens ``< t``. Position 0 is never trained on. Log-probabilit
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, Literal, Protocol, Self, runtime_checkable
@@ -302,6 +302,8 @@ class Context:
     step: int
     seed: int
     roles: Mapping[str, RoleHandle] = field(default_factory=dict)
+    archive: Callable[[int, int], Group] | None = None
+    """For curricula that replay: the group of a step and a uid, as it was trained on."""
 
 
 @dataclass(frozen=True, slots=True)

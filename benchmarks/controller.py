@@ -1,6 +1,6 @@
 """What the controller costs: everything in an online step that is neither the model nor a reward function.
 
-The real loop (`train_online` with a real job: GRPO, `uniform`, `constant_group_filter`, JSON lines, flight recorder,
+The real loop (`train_online` with a real job: GRPO, `uniform`, `difficulty_filter`, JSON lines, flight recorder,
 all at their defaults) runs against engines that do nothing: a sampler that answers at once from prepared completions, a
 learner that prepares its mini-batches and stops there, a scorer that compares two texts in process. What is left is
 choosing prompts, requests and their seeds, episodes, text, records, tensors, credit, metrics and files.
@@ -157,7 +157,7 @@ def recipe(folder: Path, rollouts: int, steps: int) -> Recipe:
         "prompts_per_step": rollouts // group_size,
         "group_size": group_size,
         "sampling": {"max_tokens": 4096},
-        "curricula": ["uniform", "constant_group_filter"],
+        "curricula": ["uniform", {"name": "difficulty_filter", "low": 0.0, "high": 1.0}],
         "algorithm": {"advantage": "grpo", "minibatches": 2},
     }
     values = {

@@ -30,6 +30,7 @@ NAMES = (
     "logprobs",
     "long_tailed",
     "controller",
+    "curricula",
     "vllm_throughput",
     "decoding",
     "ppo_step",

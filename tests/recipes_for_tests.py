@@ -24,7 +24,7 @@ stages:
     prompts_per_step: 8
     group_size: 4
     sampling: {max_tokens: 4}
-    curricula: [uniform, constant_group_filter]
+    curricula: [uniform, difficulty_filter]
     algorithm:
       advantage: grpo
       policy_loss:

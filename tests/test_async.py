@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import alignment.collect
 from alignment.collect import Collector, Sealed
-from alignment.curricula import ConstantGroupFilter, Uniform
+from alignment.curricula import DifficultyFilter, Uniform
 from alignment.data.load import LoadedData
 from alignment.environments import Step, environments
 from alignment.errors import UserError
@@ -44,7 +44,7 @@ from tests.test_rollouts import EOS, Letters
 
 PARAMS = SamplingParams(max_tokens=64, stop_ids=(EOS,))
 FRESH = TrainState(components={"curricula.0": {"epoch": 0, "cursor": 0}})
-FILTER = ConstantGroupFilter(max_refills=200)
+FILTER = DifficultyFilter(low=0, high=1, max_refills=200)
 
 
 @environments.register("turns", source="this test")
@@ -187,7 +187,7 @@ def test_no_token_that_is_trained_on_is_older_than_max_staleness_and_no_group_is
         assert lag(version, sealed) <= setup.staleness
         assert min(version - v for g in sealed.groups for r in g.rollouts for v, _ in r.versions) >= 0
         assert len(sealed.groups) == setup.prompts_per_step
-        assert set(sealed.dropped) <= {"constant_group_filter"}
+        assert set(sealed.dropped) <= {"difficulty_filter"}
         for group in sealed.sampled:
             alike = len({r.reward for r in group.rollouts}) == 1
             assert alike == (group.uid in sealed.dropped_by)
@@ -362,7 +362,7 @@ def job(
         "prompts_per_step": setup.prompts_per_step,
         "group_size": setup.group_size,
         "max_staleness": setup.staleness,
-        "curricula": ["uniform", {"name": "constant_group_filter", "max_refills": 200}],
+        "curricula": ["uniform", {"name": "difficulty_filter", "low": 0, "high": 1, "max_refills": 200}],
         "environment": "turns",
         "sampler": "vllm",  # that a recipe may ask for staleness; a simulated one takes its place
     }

@@ -1,5 +1,6 @@
-"""Curricula: the epochs of uniform, the filter of constant groups, and how a list of them composes."""
+"""Curricula: the epochs of uniform, the band of the difficulty filter, and how a list of them composes."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from alignment.curricula import (
-    ConstantGroupFilter,
+    DifficultyFilter,
     Uniform,
     curricula,
     keeps,
@@ -19,7 +20,9 @@ from alignment.curricula import (
     select_prompts,
     with_selector,
 )
+from alignment.curricula.filters import informative_share, optimum_kl
 from alignment.errors import UserError
+from alignment.score import Score
 from alignment.types import Context, Group, Prompt, Rollout, SamplingParams
 
 AT = Context(step=0, seed=0)
@@ -31,7 +34,9 @@ def prompts(count: int) -> list[Prompt]:
 
 def group(*rewards: float | None, uid: int = 0) -> Group:
     empty = Rollout("", "p0", (), (), (), (), "", "stop", 0, "test", SamplingParams(1), ())
-    return Group(uid, prompts(1)[0], tuple(replace(empty, reward=reward) for reward in rewards))
+    scores = [{"right": Score(reward, "skipped" if reward is None else "ok")} for reward in rewards]
+    rollouts = (replace(empty, scores=s, reward=reward) for s, reward in zip(scores, rewards, strict=True))
+    return Group(uid, prompts(1)[0], tuple(rollouts))
 
 
 def drawn(count: int, sizes: list[int], seed: int = 0) -> list[str]:
@@ -72,29 +77,110 @@ def test_selection_continues_from_its_state():
     assert (state, end) == ({"epoch": 0, "cursor": 6}, {"epoch": 1, "cursor": 0})
 
 
+def kept(group_size: int, **options) -> list[int]:
+    """The numbers of successes with which a group is kept."""
+    rule = DifficultyFilter(**options)
+    found = [group(*[1.0] * k, *[0.0] * (group_size - k)) for k in range(group_size + 1)]
+    return [k for k, g in enumerate(found) if rule.keep(None, g)]
+
+
 @pytest.mark.parametrize(
-    ("rewards", "kept"),
+    ("group_size", "band", "inclusive", "expected"),
     [
-        ((0.0, 1.0), True),
-        ((1.0, 1.0, 1.0), False),
-        ((0.0, 0.0), False),
-        ((1.0, None, 1.0), False),
-        ((1.0, None, 0.5), True),
-        ((1.0, None), False),
-        ((None, None), False),
-        ((), False),
+        (8, (0.25, 0.75), False, range(3, 6)),
+        (8, (0.25, 0.75), True, range(2, 7)),
+        (8, (0.2, 0.8), False, range(2, 7)),
+        (8, (0.0, 1.0), False, range(1, 8)),
+        (16, (0.25, 0.75), False, range(5, 12)),
+        (5, (0.2, 0.8), False, range(2, 4)),
+        (10, (0.3, 0.3), True, range(3, 4)),
+        (4, (0.0, 1.0), True, range(5)),
     ],
 )
-def test_constant_groups_are_dropped_and_unscored_rollouts_do_not_count(rewards, kept):
-    assert ConstantGroupFilter().keep(None, group(*rewards)) is kept
-    by = keeps([Uniform(), ConstantGroupFilter()], {}, group(*rewards))
-    assert by == (None if kept else "constant_group_filter")
+def test_a_band_of_pass_rates(group_size, band, inclusive, expected):
+    low, high = band
+    assert kept(group_size, low=low, high=high, inclusive=inclusive) == list(expected)
+
+
+def test_the_default_band_is_balanced_and_strict():
+    assert kept(10) == kept(10, low=0.2, high=0.8) == list(range(3, 8))
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, None]), max_size=8))
+def test_dynamic_sampling_is_the_band_from_0_to_1_by_either_measure(rewards):
+    """For right and wrong, three rules are one: DAPO's, the mean reward's, and a reward that is not constant."""
+    differ = len({r for r in rewards if r is not None}) > 1
+    rules = (DifficultyFilter(0, 1), DifficultyFilter(0, 1, "reward"), DifficultyFilter(None, None, "reward"))
+    assert [rule.keep(None, group(*rewards)) for rule in rules] == [differ] * 3
+
+
+@pytest.mark.parametrize(
+    ("rewards", "by_rate", "by_reward"),
+    [
+        ((0.5, 0.5), False, False),
+        ((0.5, 0.9), False, True),
+        ((1.0, None, 0.5), True, True),
+        ((1.0, None), False, False),
+        ((), False, False),
+        ((1.0, 1.5), False, False),
+    ],
+)
+def test_partial_credit_counts_by_reward_alone_and_constant_groups_by_neither(rewards, by_rate, by_reward):
+    assert DifficultyFilter(0, 1).keep(None, group(*rewards)) is by_rate
+    assert DifficultyFilter(0, 1, "reward").keep(None, group(*rewards)) is by_reward
+
+
+def test_a_band_of_rewards_may_have_one_end_and_any_scale():
+    assert DifficultyFilter(-5.0, None, "reward").keep(None, group(-6.0, -3.0))
+    assert not DifficultyFilter(-4.0, None, "reward").keep(None, group(-6.0, -3.0))
+    assert not DifficultyFilter(None, -5.0, "reward").keep(None, group(-6.0, -3.0))
+
+
+def test_the_filter_is_named_where_it_drops():
+    rule = [Uniform(), DifficultyFilter()]
+    assert keeps(rule, {}, group(1.0, 1.0)) == "difficulty_filter" and keeps(rule, {}, group(1.0, 0.0)) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low": 0.8, "high": 0.2},
+        {"low": 0.5, "high": 0.5},
+        {"low": None},
+        {"high": 1.5},
+        {"low": -0.1},
+        {"measure": "reward", "low": 2.0, "high": 1.0},
+    ],
+)
+def test_a_band_that_holds_nothing_is_refused(options):
+    with pytest.raises(ValidationError, match="must be"):
+        curricula.build({"name": "difficulty_filter", **options})
+
+
+def test_how_likely_a_group_says_something():
+    """Golden numbers of the share of groups with an advantage."""
+    assert [informative_share(0.5, n) for n in (4, 8, 16)] == pytest.approx([0.875, 0.9922, 1.0], abs=5e-5)
+    assert [informative_share(0.05, n) for n in (4, 8, 16)] == pytest.approx([0.1855, 0.3366, 0.5599], abs=5e-5)
+
+
+def test_the_exact_divergence_is_not_bounded_by_its_expansion():
+    exact = {(0.75, 1.0): 0.0780, (0.5, 1.0): 0.1201, (0.1, 1.0): 0.0586}
+    for (p, beta), value in exact.items():
+        assert optimum_kl(p, beta) == pytest.approx(value, abs=5e-5)
+        plain = math.log(1 - p + p * math.exp(1 / beta)) - p / beta
+        assert optimum_kl(p, beta) == pytest.approx(plain, abs=1e-12)
+    assert optimum_kl(0.75, 1.0) < 0.75 * 0.25 / 2, "smaller than the expansion here"
+    assert optimum_kl(0.1, 1.0) > 0.1 * 0.9 / 2, "and larger here"
+    for beta, best in ((10.0, 0.4917), (1.0, 0.4180), (0.2, 0.1932)):
+        highest = max(range(1, 10_000), key=lambda i: optimum_kl(i / 10_000, beta)) / 10_000
+        assert highest == pytest.approx(best, abs=1e-4)
+        assert beta - 1 / math.expm1(1 / beta) == pytest.approx(best, abs=5e-5)
 
 
 def test_the_smallest_refill_bound_holds_and_nothing_dropped_needs_none():
     assert refill_bound([Uniform()]) == 0
-    assert refill_bound([Uniform(), ConstantGroupFilter()]) == 10
-    assert refill_bound([ConstantGroupFilter(max_refills=4), ConstantGroupFilter(max_refills=2)]) == 2
+    assert refill_bound([Uniform(), DifficultyFilter()]) == 10
+    assert refill_bound([DifficultyFilter(max_refills=4), DifficultyFilter(max_refills=2)]) == 2
 
 
 @dataclass(frozen=True)
@@ -123,7 +209,7 @@ class Again:
 
 
 def test_selectors_compose_and_demand_is_computed_from_the_last():
-    chosen = [Uniform(), ConstantGroupFilter(), Longest(2), Longest(3)]
+    chosen = [Uniform(), DifficultyFilter(), Longest(2), Longest(3)]
     states = {"curricula.0": Uniform().init(), "curricula.2": 0, "curricula.3": 0, "other": 7}
     picked, after = select_prompts(chosen, states, prompts(200), 5, AT)
     assert len(picked) == 5
@@ -147,8 +233,8 @@ def test_replays_fill_up_in_order_and_never_beyond_the_need():
 
 
 def test_uniform_is_put_first_when_none_selects_and_must_be_first_otherwise():
-    assert with_selector([ConstantGroupFilter()]) == (Uniform(), ConstantGroupFilter())
-    assert with_selector([ConstantGroupFilter(), Uniform()]) == (ConstantGroupFilter(), Uniform())
+    assert with_selector([DifficultyFilter()]) == (Uniform(), DifficultyFilter())
+    assert with_selector([DifficultyFilter(), Uniform()]) == (DifficultyFilter(), Uniform())
     assert list(places(with_selector([]))) == ["curricula.0"]
     with pytest.raises(UserError, match="must be the first"):
         with_selector([Longest(), Uniform()])
@@ -156,7 +242,7 @@ def test_uniform_is_put_first_when_none_selects_and_must_be_first_otherwise():
 
 def test_selecting_without_a_selector_or_without_prompts_is_an_error():
     with pytest.raises(UserError, match="put 'uniform' first"):
-        select_prompts([ConstantGroupFilter()], {}, prompts(3), 1, AT)
+        select_prompts([DifficultyFilter()], {}, prompts(3), 1, AT)
     with pytest.raises(UserError, match="empty"):
         select_prompts([Uniform()], {"curricula.0": Uniform().init()}, [], 1, AT)
 
@@ -175,4 +261,4 @@ def test_a_curriculum_must_do_at_least_one_of_the_three():
 @pytest.mark.parametrize("options", [{"max_refills": -1}, {"on_exhausted": "ignore"}, {"max_refill": 3}])
 def test_bad_options_are_refused(options):
     with pytest.raises(ValidationError, match=next(iter(options))):
-        curricula.build({"name": "constant_group_filter", **options})
+        curricula.build({"name": "difficulty_filter", **options})

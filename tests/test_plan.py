@@ -50,7 +50,7 @@ def test_passes_that_nobody_needs_are_not_run(tmp_path, overrides, passes):
 def test_components_are_shown_with_what_is_not_default(tmp_path):
     shown = plan_of(tmp_path, "stages.1.algorithm.kl=k3", "stages.1.algorithm.correction=null").stages[1].components
     assert shown["policy_loss"] == "clip {clip_high: 0.28}"
-    assert shown["curricula.1"] == "constant_group_filter"
+    assert shown["curricula.1"] == "difficulty_filter"
     assert shown["learner"] == "torch {lr: 0.001}"
     assert shown["kl"] == "k3" and "correction" not in shown
 

@@ -25,7 +25,7 @@ def test_a_recipe_becomes_components(tmp_path):
     assert (warmup.stage, warmup.steps, rl.stage, rl.group_size) == ("sft", 3, "online", 4)
     assert rl.algorithm.policy_loss == Clip(clip_high=0.28)
     assert rl.learner.lr == 1e-3
-    assert [type(c).__name__ for c in rl.curricula] == ["Uniform", "ConstantGroupFilter"]
+    assert [type(c).__name__ for c in rl.curricula] == ["Uniform", "DifficultyFilter"]
     assert recipe.rewards[0].column == "exact_match" and recipe.rewards[0].weight == 1.0
     assert recipe.run.folder == Path("runs/base")
     assert recipe.folder == tmp_path

@@ -1,19 +1,33 @@
 """Episodes, batches and evaluations, against a sampler that says what it is told to."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alignment.collect import Collector, staleness
-from alignment.curricula import ConstantGroupFilter, Uniform
+from alignment.curricula import DifficultyFilter, Uniform, select_prompts
 from alignment.environments import Calculator, SingleTurn, Step
 from alignment.errors import UserError
 from alignment.evaluation.evaluate import summarise_evaluation
 from alignment.metrics import Phases
 from alignment.rollouts import Player, play
-from alignment.types import Completion, Group, Prompt, Request, Rollout, SamplingParams, Score, TrainState, keyed_seed
+from alignment.types import (
+    Completion,
+    Context,
+    Group,
+    Prompt,
+    Request,
+    Rollout,
+    SamplingParams,
+    Score,
+    TrainState,
+    keyed_seed,
+)
 
 EOS = 0
 PARAMS = SamplingParams(max_tokens=12, stop_ids=(EOS,))
@@ -186,7 +200,7 @@ def collector(prompts, **changes) -> Collector:
         "player": player(lambda r: "."),
         "scorer": ByPassRate(),
         "prompts": prompts,
-        "curricula": (Uniform(), ConstantGroupFilter(max_refills=9)),
+        "curricula": (Uniform(), DifficultyFilter(low=0, high=1, max_refills=9)),
         "prompts_per_step": 3,
         "params": [PARAMS] * 4,
         "max_failed_share": 0.1,
@@ -209,7 +223,7 @@ def test_a_batch_is_refilled_in_launch_order_until_it_is_full():
     assert [g.uid for g in sealed.sampled] == list(range(len(sealed.sampled)))
     kept = [g.uid for g in sealed.sampled if 0 < g.prompt.row["p"] < 1]
     assert [g.uid for g in sealed.groups] == kept
-    assert sealed.dropped == {"constant_group_filter": len(sealed.sampled) - 3}
+    assert sealed.dropped == {"difficulty_filter": len(sealed.sampled) - 3}
     assert sealed.state.launched == len(sealed.sampled)
     assert sealed.state.components["curricula.0"]["cursor"] == len(sealed.sampled) % len(MIXED)
     assert set(scorer.asked) == {(0, 50)}
@@ -217,13 +231,38 @@ def test_a_batch_is_refilled_in_launch_order_until_it_is_full():
 
 def test_the_bound_on_refills_holds_and_then_says_what_to_do():
     hopeless = [replace(p, row={**p.row, "p": 0.0}) for p in MIXED]
-    with pytest.raises(UserError, match=r"only 0 of the 3 groups .* after sampling 9 \(dropped: 9 by constant_group"):
-        collector(hopeless, curricula=(Uniform(), ConstantGroupFilter(max_refills=2))).collect(FRESH)
-    short = ConstantGroupFilter(max_refills=0, on_exhausted="short")
+    with pytest.raises(UserError, match=r"only 0 of the 3 groups .* after sampling 9 \(dropped: 9 by difficulty"):
+        collector(hopeless, curricula=(Uniform(), DifficultyFilter(low=0, high=1, max_refills=2))).collect(FRESH)
+    short = DifficultyFilter(low=0, high=1, max_refills=0, on_exhausted="short")
     sealed = collector(MIXED[:3], curricula=(Uniform(), short)).collect(FRESH)
     assert len(sealed.groups) == 1 and len(sealed.sampled) == 3
     with pytest.raises(UserError, match="only 0 of the 3"):
         collector(hopeless, curricula=(Uniform(), short)).collect(FRESH)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, 8), min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.sampled_from([(0.0, 1.0), (0.25, 0.75), (0.2, 0.8), (0.0, 0.5)]),
+    st.integers(0, 4),
+)
+def test_filling_gives_exactly_a_batch_in_launch_order_and_never_samples_beyond_the_bound(right, size, band, refills):
+    """A generator of known pass rates: prompts with so many of 8 rollouts right."""
+    made = [Prompt(str(i), {"prompt": "p", "p": k / 8}) for i, k in enumerate(right)]
+    rule = DifficultyFilter(*band, max_refills=refills)
+    filling = collector(made, curricula=(Uniform(), rule), prompts_per_step=size, params=[PARAMS] * 8)
+    try:
+        sealed = filling.collect(FRESH)
+    except UserError as error:
+        sampled = int(re.findall(r"after sampling (\d+)", str(error))[0])
+        order = [p.row["p"] for p in select_prompts([Uniform()], FRESH.components, made, sampled, Context(0, 0))[0]]
+        assert sampled == (refills + 1) * size and sum(band[0] < p < band[1] for p in order) < size
+        return
+    assert len(sealed.groups) == size and len(sealed.sampled) <= (refills + 1) * size
+    assert [g.uid for g in sealed.sampled] == list(range(len(sealed.sampled))), "all that was launched, in order"
+    inside = [g.uid for g in sealed.sampled if band[0] < g.prompt.row["p"] < band[1]]
+    assert [g.uid for g in sealed.groups] == inside, "every group of the band, in launch order, and no other"
 
 
 def test_lockstep_collects_from_the_newest_state_when_it_is_asked():

@@ -31,7 +31,10 @@ from tests.tiny import tiny, write
 STATEFUL = {
     "stages": {
         1: {
-            "curricula": ["uniform", {"name": "constant_group_filter", "on_exhausted": "short", "max_refills": 1}],
+            "curricula": [
+                "uniform",
+                {"name": "difficulty_filter", "low": 0, "high": 1, "on_exhausted": "short", "max_refills": 1},
+            ],
             "algorithm": {
                 "kl": {"name": "k1", "coefficient": 0.1, "apply_to": "reward", "target": 0.01},
                 "entropy_controls": [{"name": "bonus", "coefficient": 0.01}],

@@ -8,7 +8,7 @@ from alignment.types import Signals
 MEASURED = frozenset({"demonstrations", "update_norm", "gram", "evaluation"})
 """Needs that are no annotations of a batch: ``update_norm``, a metric of how far an update moved the policy's weights;
 ``gram``, inner products of the components' gradients before the update (:attr:`Signals.gram_KK`); ``evaluation``, that
-evaluations are made during the stage."""
+evaluations are made during the stage; ``demonstrations``, that the data has some."""
 
 
 def needs_of(component: object) -> tuple[str, ...]:

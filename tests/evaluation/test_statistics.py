@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment.evaluation import statistics
+from alignment.evaluation.forgetting import average_accuracy, forgetting_measure
 from alignment.evaluation.statistics import compare, interval, maj_at_k, pass_at_k, powers_of_two, sign_flip_p, wilson
 
 A, B, C = "12", "7", "x"
@@ -233,3 +234,9 @@ def test_p_is_uniform_where_nothing_differs():
     found = [sign_flip_p(generator.integers(-4, 5, 10) / 4) for _ in range(400)]
     assert 0.02 < fmean(p <= 0.05 for p in found) < 0.08
     assert all(p > 0 for p in found)
+
+
+def test_forgetting_golden_numbers():
+    accuracy = [[0.8], [0.6, 0.9]]
+    assert forgetting_measure(accuracy) == pytest.approx(-0.2) and average_accuracy(accuracy) == pytest.approx(0.75)
+    assert forgetting_measure([[0.5], [0.1, 0.5], [0.7, 0.4, 0.9]]) == pytest.approx((0.2 - 0.1) / 2)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 LONG = (
     BASE.replace("name: rl\n    steps: 4", "name: rl\n    steps: 100000")
     .replace("{name: base,", "{name: base, save_every: 0,")
-    .replace("[uniform, constant_group_filter]", "[uniform]")
+    .replace("[uniform, difficulty_filter]", "[uniform]")
 )
 
 

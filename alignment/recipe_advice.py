@@ -1,0 +1,33 @@
+"""Curricula that do not go together: what a recipe may not do, and what it may do and hardly should."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from alignment.curricula import curricula, remarks
+from alignment.recipe_checks import Conflict
+from alignment.recipe_tree import Place
+
+if TYPE_CHECKING:
+    from alignment.recipe import Recipe
+
+
+def refusals(recipe: "Recipe") -> Iterator[Conflict]:
+    """Curricula that cannot be in one list, and replay that nothing corrects."""
+    for index, stage in enumerate(recipe.stages):
+        if stage.stage == "sft":
+            continue
+        here: Place = ("stages", index, "curricula")
+        yield from (Conflict(here, text) for verdict, text in remarks(stage.curricula) if verdict == "refused")
+        replays = [curricula.name_of(c) for c in stage.curricula if hasattr(c, "replay")]
+        if replays and stage.stage == "online" and stage.credited.correction is None:
+            message = f"'{replays[0]}' trains on rollouts of an earlier policy, which needs importance weights"
+            where: Place = ("stages", index, "algorithm", "correction")
+            yield Conflict(here, f"{message}: set algorithm.correction to 'tis'", (here, where))
+
+
+def advice(recipe: "Recipe") -> Iterator[Conflict]:
+    """What is told when a run starts or a recipe is checked, and is no reason to refuse it."""
+    for index, stage in enumerate(recipe.stages):
+        if stage.stage != "sft":
+            place: Place = ("stages", index, "curricula")
+            yield from (Conflict(place, text) for verdict, text in remarks(stage.curricula) if verdict == "warns")
