@@ -206,9 +206,9 @@ class PolicyLearner:
 
         Returns:
             The objective's metrics over the mini-batches that were stepped on, with ``loss`` and ``grad_norm`` as
-            means over them, ``lr``, ``tokens`` trained on (again in every epoch), and counts:
-            ``optimizer_steps``, ``skipped_steps`` (numbers were not finite), ``empty_minibatches`` (nothing to train
-            on, so no step). A role's are prefixed ``NAME/``.
+            means over them, ``lr``, ``tokens`` trained on (again in every epoch), and counts: ``optimizer_steps``,
+            ``skipped_steps`` (not finite), ``empty_minibatches`` (nothing to train on, so no step), ``fitted_tokens``
+            (of whole rows, prompts included, that a pass went over and back). A role's are prefixed ``NAME/``.
 
         Raises:
             FloatingPointError: Too many steps in a row had no finite numbers.
@@ -253,7 +253,7 @@ class PolicyLearner:
         sums: dict[str, Tensor] = {}
         outcomes: list[tuple[float, float, bool]] = []
         slot.begin()
-        empty = 0
+        empty = fitted = 0
         for epoch in range(goal.epochs):
             key = keyed_seed("minibatches", batch.seed, batch.step, epoch)
             for rows in split_minibatches(batch, goal.minibatches, key):
@@ -261,6 +261,7 @@ class PolicyLearner:
                 if not minibatch.loss_mask_BT.any():
                     empty += 1
                     continue
+                fitted += int(minibatch.length_B.sum())
                 loss, parts = self._backward(loss_of, minibatch, backend)
                 outcomes.append(slot.step(loss))
                 if outcomes[-1][2] and parts:
@@ -276,6 +277,7 @@ class PolicyLearner:
             "optimizer_steps": float(len(taken)),
             "skipped_steps": float(len(outcomes) - len(taken)),
             "empty_minibatches": float(empty),
+            "fitted_tokens": float(fitted),
         }
 
     def _backward(
