@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from alignment.errors import UserError
 from alignment.recipe import Recipe, load
 from alignment.recipe_sections import JsonlSink
 from alignment.recipe_tree import Mark, Place, Problem, RecipeError
@@ -123,17 +124,17 @@ class Study:
         return str(self.runs / replace(task, kind="warm-up").run)
 
     def sizes(self, task: Task) -> dict[str, Sizes] | None:
-        """Of the models of each stage; None where operations are not counted.
+        """Of the models of each stage; None where one is not known and the budget is in another unit than FLOPs.
 
         Raises:
-            RecipeError: One is not known.
+            RecipeError: One is not known, and the budget is in FLOPs.
         """
-        if self.claim.unit != "flops":
-            return None
         recipe = self.recipe(task)
         try:
             return {stage.name: sizes_of(recipe, stage) for stage in recipe.stages}
-        except ValueError as error:
+        except UserError as error:
+            if self.claim.unit != "flops":
+                return None
             raise self.problem(("budget", "flops"), str(error)) from error
 
     def problem(self, place: Place, message: str) -> RecipeError:

@@ -18,23 +18,72 @@ from alignment.studies.running import Interrupted, one
 Done = tuple[Task, dict[str, Any], float]
 
 
-def in_order(study: Study, tasks: Sequence[Task], workers: int) -> Iterator[Done]:
-    """The rows of all ``tasks`` and their seconds, as they are finished.
+class Pool:
+    """Where runs of ``study`` are computed, ``workers`` at a time; with one worker, in this process.
 
-    Raises:
-        Interrupted: A stop was asked for; runs that were under way are saved and go on next time.
+    Leaving the context ends the processes; a run that is under way in one is saved and goes on next time.
     """
-    if workers > 1 and len(tasks) > 1:
-        yield from _in_processes(study, list(tasks), min(workers, len(tasks)))
-        return
-    for task in tasks:
-        with _one_thread():
-            row, seconds = one(study.read.path, study.folder, study.quick, task)
-        yield task, row, seconds
+
+    def __init__(self, study: Study, workers: int) -> None:
+        self.study, self.workers = study, workers
+        self._resting: list[Any] = []
+        self._busy: dict[Any, Task] = {}
+        self._processes: dict[Any, Any] = {}
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe, process in self._processes.items():
+            if pipe in self._busy:
+                process.terminate()
+            else:
+                pipe.close()
+        for pipe in self._busy:
+            while _received(pipe) is not None:
+                pass
+        for process in self._processes.values():
+            process.join()
+
+    def done(self, tasks: Sequence[Task]) -> Iterator[Done]:
+        """The rows of all ``tasks`` and their seconds, as they are finished.
+
+        Raises:
+            Interrupted: A stop was asked for.
+            UserError: A run failed for a reason that the user can mend, or its process died.
+        """
+        if self.workers == 1:
+            for task in tasks:
+                with one_thread():
+                    row, seconds = one(self.study.read.path, self.study.folder, self.study.quick, task)
+                yield task, row, seconds
+            return
+        waiting = list(reversed(tasks))
+        while waiting or self._busy:
+            while waiting and len(self._busy) < self.workers:
+                self._hand(waiting.pop())
+            for pipe in connection.wait(list(self._busy)):
+                found, task = _received(pipe), self._busy.pop(pipe)
+                self._resting.append(pipe)
+                yield task, *_unpacked(found, task)
+
+    def _hand(self, task: Task) -> None:
+        pipe = self._resting.pop() if self._resting else self._started()
+        pipe.send((self.study.read.path, self.study.folder, self.study.quick, task))
+        self._busy[pipe] = task
+
+    def _started(self) -> Any:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._processes[ours] = context.Process(target=_serve, args=(theirs,))
+        self._processes[ours].start()
+        theirs.close()
+        return ours
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """One thread of torch inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -43,72 +92,34 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _in_processes(study: Study, tasks: list[Task], count: int) -> Iterator[Done]:
-    context, waiting = get_context("spawn"), list(reversed(tasks))
-    pipes: dict[Any, tuple[Any, Task]] = {}
+def _received(pipe: Any) -> Any:
+    """What comes next, or None when the other end is closed."""
     try:
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=False)
-            process.start()
-            theirs.close()
-            _hand(study, ours, waiting.pop(), process, pipes)
-        while pipes:
-            for pipe in connection.wait(list(pipes)):
-                process, task = pipes.pop(pipe)
-                yield _taken(pipe, task)
-                if waiting:
-                    _hand(study, pipe, waiting.pop(), process, pipes)
-                else:
-                    pipe.close()
-    finally:
-        for process, _ in pipes.values():
-            process.terminate()  # a run that is under way is saved
-        for pipe, (process, _) in pipes.items():
-            while _drained(pipe):
-                pass
-            process.join()
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return None
 
 
-def _hand(study: Study, pipe: Any, task: Task, process: Any, pipes: dict[Any, tuple[Any, Task]]) -> None:
-    pipe.send((study.read.path, study.folder, study.quick, task))
-    pipes[pipe] = (process, task)
-
-
-def _taken(pipe: Any, task: Task) -> Done:
-    try:
-        kind, value = pipe.recv()
-    except EOFError:
-        raise UserError(f"the process of {task.run} died; the same command goes on from there") from None
-    if kind == "stopped":
-        raise Interrupted(value)
-    if kind == "error":
-        raise value
-    return task, *value
-
-
-def _drained(pipe: Any) -> bool:
-    try:
-        pipe.recv()
-    except EOFError:
-        return False
-    return True
+def _unpacked(found: Any, task: Task) -> tuple[dict[str, Any], float]:
+    match found:
+        case None:
+            raise UserError(f"the process of run {task.run} died; the same command goes on from there")
+        case Interrupted() | UserError():
+            raise found
+        case _:
+            return found
 
 
 def _serve(pipe: Any) -> None:
     """Runs what comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a run has handlers of its own; the parent ends one that waits
-    torch.set_num_threads(1)
-    while True:
-        try:
-            work = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(("done", one(*work)))
-        except Interrupted as stop:
-            pipe.send(("stopped", stop.exit_code))
-            return
-        except UserError as error:
-            pipe.send(("error", UserError(str(error))))
-            return
+    with one_thread():
+        while (work := _received(pipe)) is not None:
+            try:
+                pipe.send(one(*work))
+            except Interrupted as stop:
+                pipe.send(stop)
+                return
+            except UserError as error:
+                pipe.send(UserError(str(error)))  # subclasses are made of more than their text
+                return

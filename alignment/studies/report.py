@@ -98,7 +98,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 def _row(arm: Mapping[str, Any]) -> str:
     chosen = ", ".join(f"{key}={value}" for key, value in arm["chosen"].items()) or "-"
     chosen += " (at an end of the grid)" if arm["at_end_of_grid"] else ""
-    numbers = f"{arm['final']:.4f} | {arm['steps']:.0f} | {arm['tokens']:,.0f} | {arm['flops'] or 0:.3g}"
+    flop = f"{arm['flops']:.3g}" if arm["flops"] else "not counted"
+    numbers = f"{arm['final']:.4f} | {arm['steps']:.0f} | {arm['tokens']:,.0f} | {flop}"
     return f"| {arm['arm']} | {arm['value']:.4f} {_span(arm)} | {numbers} | {chosen} |"
 
 

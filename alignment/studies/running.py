@@ -24,7 +24,7 @@ class Interrupted(Exception):
     """A stop was asked for; what was finished is kept."""
 
     def __init__(self, exit_code: int = 130) -> None:
-        super().__init__(f"stopped with {exit_code}")
+        super().__init__(exit_code)
         self.exit_code = exit_code
 
 

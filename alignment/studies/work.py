@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.studies.cells import Cells
 from alignment.studies.design import Study, Task
-from alignment.studies.pool import in_order
+from alignment.studies.pool import Pool
 
 Say = Callable[[str], None]
 
@@ -20,11 +20,17 @@ def execute(study: Study, cells: Cells, workers: int, say: Say) -> dict[str, int
     Raises:
         Interrupted: A stop was asked for.
     """
-    first, later = [*study.warm_ups(), *study.tuning()], study.reports(dict.fromkeys(study.claim.compared, 0))
-    _do(study, cells, [t for t in first if t.kind == "warm-up"], [*first, *later], workers, say)
-    _do(study, cells, [t for t in first if t.kind == "tune"], [*first, *later], workers, say)
-    best = chosen(study, cells)
-    _do(study, cells, study.reports(best), study.reports(best), workers, say)
+    first, none = [*study.warm_ups(), *study.tuning()], dict.fromkeys(study.claim.compared, 0)
+    whole = len(first) + len(study.reports(none))
+    with Pool(study, workers) as pool:
+
+        def compute(tasks: Sequence[Task], later: Sequence[Task]) -> None:
+            _compute(pool, cells, tasks, later, whole, say)
+
+        compute([t for t in first if t.kind == "warm-up"], [*study.tuning(), *study.reports(none)])
+        compute(study.tuning(), study.reports(none))
+        best = chosen(study, cells)
+        compute(study.reports(best), [])
     return best
 
 
@@ -58,18 +64,21 @@ def digest_of(study: Study) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _do(study: Study, cells: Cells, tasks: Sequence[Task], all_: Sequence[Task], workers: int, say: Say) -> None:
-    """Computes those of ``tasks`` that are missing, in order; ``all_`` is for the time that is left."""
-    todo = [t for t in tasks if cells.rows(t.cell, t.seed) is None]
-    for task, result, seconds in in_order(study, todo, workers):
+def _compute(pool: Pool, cells: Cells, tasks: Sequence[Task], later: Sequence[Task], whole: int, say: Say) -> None:
+    """Computes those of ``tasks`` that are missing, in order; ``later`` ones are for the time that is left."""
+
+    def missing(some: Sequence[Task]) -> list[Task]:
+        return [t for t in some if cells.rows(t.cell, t.seed) is None]
+
+    study = pool.study
+    for task, result, seconds in pool.done(missing(tasks)):
         cells.add(task.cell, task.seed, [result], seconds)
         if task.kind != "warm-up":
             shutil.rmtree(study.runs / task.run / "checkpoints", ignore_errors=True)
-        left = [t for t in all_ if cells.rows(t.cell, t.seed) is None]
+        left = [*missing(tasks), *missing(later)]
         mean = fmean(cell["seconds"] for cell in cells.found.values())
-        minutes = sum(cells.seconds(t.kind, mean) for t in left) / workers / 60
-        what = f"{score(result):.3f} in " if result else ""
+        minutes = sum(cells.seconds(t.kind, mean) for t in left) / pool.workers / 60
         point = " ".join(f"{k}={v}" for k, v in study.grid[task.point].items()) if task.arm else ""
-        done = f"{len(all_) - len(left)}/{len(all_)}"
-        say(f"{done}  {task.kind} {task.arm} {point} seed {task.seed}: {what}{seconds:.0f} s; "
-            f"about {minutes:.0f} min left")  # fmt: skip
+        what = " ".join(part for part in (task.kind, task.arm, point, f"seed {task.seed}") if part)
+        value = f"{score(result):.3f} in " if result else ""
+        say(f"{whole - len(left)}/{whole}  {what}: {value}{seconds:.0f} s; about {minutes:.0f} min left")
