@@ -64,8 +64,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             state = replace(sealed.state.next_step(), components=states)
             job.record_batch(state, batch, watched, sealed.state.components, metrics)
             metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled)
-            metrics |= read | passed(collector.roles)
-            metrics["staleness"] = float(lag)
+            metrics |= read | passed(collector.roles) | {"staleness": float(lag)}
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
     collector.close()

@@ -121,7 +121,7 @@ def handles(learner: Any, encode: Callable[[Prompt], Sequence[int]]) -> dict[str
     return {name: PromptHandle(learner, name, encode) for name in learner.of_prompts}
 
 
-def passed(asked: Mapping[str, PromptHandle]) -> dict[str, float]:
+def passed(asked: Mapping[str, Any]) -> dict[str, float]:
     """Tokens of prompts that each role has read, and learned from, since this was asked last: ``NAME/read_tokens`` and
     ``NAME/fitted_tokens``."""
     found = {f"{role}/{name}": float(n) for role, handle in asked.items() for name, n in handle.counts.items() if n}

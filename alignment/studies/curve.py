@@ -38,7 +38,7 @@ def weights(x: Sequence[float], budget: float, measure: Measure) -> np.ndarray:
     units = np.eye(len(x))
     at = np.array([budget]) if measure.metric == "final" else np.unique([0.0, budget, *(v for v in x if v < budget)])
     values = np.array([np.interp(at, x, unit) for unit in units])
-    return values[:, 0] if measure.metric == "final" else np.trapezoid(values, at, axis=1) / budget
+    return values[:, 0] if measure.metric == "final" else np.asarray(np.trapezoid(values, at, axis=1)) / budget
 
 
 def measured(

@@ -32,7 +32,8 @@ class Meter:
     """A sink that ends a run at its first evaluation, at the end of a step, at which the budget is spent."""
 
     def __init__(self, sizes: Mapping[str, Sizes] | None, unit: Unit, budget: float) -> None:
-        self.sizes, self.unit, self.budget = sizes, unit, budget
+        self.sizes, self.budget = sizes, budget
+        self.unit: Unit = unit
         self.folder = Path()
         self.evaluated: int | None = None
 
