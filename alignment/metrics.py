@@ -47,7 +47,8 @@ class Sink(Protocol):
         ...
 
     def log(self, record: Record) -> None:
-        """After each step and each evaluation."""
+        """After each step and each evaluation. Raising :class:`alignment.signals.Stopped` after a step ends the run
+        as a stop would: the step is saved."""
         ...
 
     def rollouts(self, step: int, stage: str, groups: Sequence[Group]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignment.errors import UserError
-from alignment.recipe import Recipe, load
+from alignment.recipe import Recipe, Stage, load
 from alignment.recipe_sections import JsonlSink
 from alignment.recipe_tree import Mark, Place, Problem, RecipeError
 from alignment.studies.claim import Claim, ReadClaim
@@ -112,7 +112,8 @@ class Study:
         first = self.claim.warm_up.stages if self.claim.warm_up else 0
         stages = recipe.stages[:first] if task.kind == "warm-up" else recipe.stages[first:]
         if self.quick:
-            stages = tuple(s.model_copy(update={"steps": min(s.steps, QUICK_STEPS)}) for s in stages)
+            offset = 0 if task.kind == "warm-up" else first
+            stages = tuple(self._short(stage, offset + i) for i, stage in enumerate(stages))
         own = {"name": task.run, "output": str(self.runs), "seed": task.seed, "sinks": (JsonlSink(),)}
         run = recipe.run.model_copy(update=own | {"flight_steps": 0, "rollouts_every": 0, "keep_last": 1})
         return recipe.model_copy(update={"run": run, "stages": stages})
@@ -171,6 +172,11 @@ class Study:
         """What all runs follow from, as JSON values: the recipes, resolved."""
         arms = {arm: [self._loaded(arm, p).resolved() for p in range(len(self.grid))] for arm in self.claim.arms}
         return {"arms": arms, "quick": self.quick}
+
+    def _short(self, stage: Stage, index: int) -> Stage:
+        """A stage of a quick run: two steps, unless the claim says how many."""
+        said = f"stages.{index}.steps" in self.claim.quick.set
+        return stage if said else stage.model_copy(update={"steps": min(stage.steps, QUICK_STEPS)})
 
     def _loaded(self, arm: str, point: int) -> Recipe:
         said: list[tuple[Place, str, Any]] = []

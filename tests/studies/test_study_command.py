@@ -91,6 +91,8 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(whole):
     assert "the same command goes on" in whole.stopped and f"8/{RUNS}  report plain" in whole.stopped
     assert whole.trained == ["bonus.0.1", "plain.0.2", "bonus.0.2", "zero.0.1"]
     steps = [line["step"] for line in read_lines(whole.out / "runs" / "bonus.0.1") if line["kind"] == "train"]
+    evaluations = (whole.out / "runs" / "bonus.0.1" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [0, 2]
     assert steps == [1, 2]  # not the four of the recipe: the budget is two
     assert f"{RUNS}/{RUNS}  control zero" in whole.finished and "min left" in whole.finished
 

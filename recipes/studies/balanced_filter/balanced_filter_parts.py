@@ -69,4 +69,4 @@ class RandomDrop:
 
     def keep(self, state: Any, group: Group) -> bool:
         """By the group's prompt and number."""
-        return keyed_seed("random_drop", group.prompt.id, group.uid) / 2**64 >= self.rate
+        return keyed_seed("random_drop", group.prompt.id, group.uid) / 2**63 >= self.rate  # keyed_seed has 63 bits
