@@ -58,6 +58,6 @@ def test_a_run_with_a_critic_and_a_reference_logs_every_pass(tmp_path):
     assert first["prompt_tokens"] == 4 * 6 and len(verdicts.read()[0]) == 6
     assert first["accuracy"] == sum(right / judged for right, judged in verdicts.read()[0].values()) / 6
     saved = json.loads(next((tmp_path / "runs" / "tiny" / "checkpoints").rglob("manifest.json")).read_text())
-    assert all(not found["verdicts"] for found in saved["evaluations"].values())
+    assert all(not found["verdicts"] for found in saved["meta"]["evaluations"].values())
     verdicts.rewind(-1)
     assert verdicts.read() == {}
