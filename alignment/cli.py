@@ -278,6 +278,27 @@ def eval_(
     raise typer.Exit(evaluation.evaluate(options, as_json))
 
 
+@command("align study recipes/studies/balanced_filter/claim.yaml --quick")
+def study(
+    claim: Annotated[Path, typer.Argument(metavar="CLAIM.yaml", help="What is claimed, and how it is judged.")],
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, small: shows that it works; no verdict.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and check every recipe.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time, each on one core.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and results; default: runs/studies/NAME.")] = None,
+    docs: Annotated[Path, typer.Option(help="Folder of the page and the plot of a whole study.")] = Path(
+        "docs/studies"
+    ),
+) -> None:
+    """Judge a claim about methods: tune every arm alike, run it over seeds, and say whether the claim holds.
+
+    Go on where it stopped with the same command; Ctrl-C keeps what is finished. A claim is not changed once it is
+    begun: its SHA-256 stands in the results. docs/studies.md says how to write one.
+    """
+    from alignment.studies.command import study as run_study
+
+    raise typer.Exit(run_study(claim, out, docs, quick, dry_run, workers))
+
+
 def main() -> None:
     """The command ``align``."""
     app(prog_name="align")

@@ -23,7 +23,7 @@ from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.evaluation.evaluate import Evaluation, evaluate
 from alignment.flight import FlightRecorder, Watched
-from alignment.ledger import Ledger
+from alignment.ledger import Ledger, Verdicts
 from alignment.metrics import Phases, Record, Sink
 from alignment.models import Model, decode, stop_ids
 from alignment.positions import max_positions
@@ -94,6 +94,11 @@ class Job:
     def ledger(self) -> Ledger:
         """What became of every group."""
         return Ledger(self.run.folder / "ledger.jsonl")
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """What evaluations found, problem by problem."""
+        return Verdicts(self.run.folder / "evaluations.jsonl")
 
     @property
     def stage(self) -> Stage:
@@ -172,6 +177,7 @@ class Job:
                 self.recipe.scoring.max_failed_share,
             )
         self.evaluations[step] = found
+        self.verdicts.append(step, found.verdicts)
         self.sink.log(self._record(step, stage_step, "eval", found.flat()))
         return found
 
@@ -253,7 +259,8 @@ class Job:
         with self.phases("save"):
             self._tick()
             evaluations = {
-                str(step): {**asdict(e), "interval": list(e.interval)} for step, e in self.evaluations.items()
+                str(step): {**asdict(replace(e, verdicts={})), "interval": list(e.interval)}
+                for step, e in self.evaluations.items()
             }
             meta = {"seconds": self.seconds, "evaluations": evaluations, "data": self.data.digests}
             meta["alarms"] = self.alarms.to_json()

@@ -1,4 +1,5 @@
-"""The account of every group: trained, dropped and by whom, or in flight. ``ledger.jsonl`` in the run's folder.
+"""The account of every group: trained, dropped and by whom, or in flight. ``ledger.jsonl`` in the run's folder; and
+``evaluations.jsonl``, what evaluations found of each problem.
 
 One line per online step: ``{"step", "trained", "replayed", "dropped": {uid: by}, "in_flight", "launched"}`` with the
 groups' uids. Uids count launches, so every number below ``launched`` is in exactly one of these places.
@@ -6,6 +7,7 @@ groups' uids. Uids count launches, so every number below ``launched`` is in exac
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,3 +64,25 @@ class Ledger:
             if lost := sorted(set(range(lines[-1]["launched"])) - found.keys()):
                 raise ValueError(f"{self.path}: nobody knows what became of groups {lost}")
         return found
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The file ``path``, one line per evaluation: ``{"step", "problems": {id: [correct, judged]}}``, counts of
+    samples."""
+
+    path: Path
+
+    def append(self, step: int, problems: Mapping[str, tuple[int, int]]) -> None:
+        """Writes what was found of every problem."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "problems": problems}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of evaluations after ``step``, which are made again; -1 drops them all."""
+        truncate_jsonl(self.path, step)
+
+    def read(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """The verdicts by step."""
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return {line["step"]: {id_: (n[0], n[1]) for id_, n in line["problems"].items()} for line in lines}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
-from alignment.types import Group
+from alignment.types import Batch, Group
 
 NOT_TRAINING = ("evaluate", "save")
 """Phases that do not count in tokens per second."""
@@ -47,7 +47,8 @@ class Sink(Protocol):
         ...
 
     def log(self, record: Record) -> None:
-        """After each step and each evaluation."""
+        """After each step and each evaluation. Raising :class:`alignment.signals.Stopped` after a step ends the run
+        as a stop would: the step is saved."""
         ...
 
     def rollouts(self, step: int, stage: str, groups: Sequence[Group]) -> None:
@@ -135,8 +136,8 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
         ``unscored`` and ``truncated``, shares of the rollouts; ``length`` and ``length_max`` in tokens;
         ``zero_variance``, the share of groups whose scored rewards are all equal, so that nothing is learned from
         them; ``reward_length_correlation``, Pearson's, of what is left of both when each group's mean is taken away;
-        ``dropped/<component>`` and ``dropped_groups``; the counts ``groups``, ``rollouts`` and
-        ``completion_tokens`` (observations included).
+        ``dropped/<component>`` and ``dropped_groups``; the counts ``groups``, ``rollouts``, ``prompt_tokens`` (a prompt
+        counts for each of its rollouts) and ``completion_tokens`` (observations included).
     """
     dropped = dropped or {}
     rollouts = [r for g in groups for r in g.rollouts if r.source != "demonstration"]
@@ -157,6 +158,7 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
         "dropped_groups": sum(dropped.values()),
         "groups": len(groups),
         "rollouts": len(rollouts),
+        "prompt_tokens": sum(len(r.prompt_ids) for r in rollouts),
         "completion_tokens": sum(lengths),
     }
     metrics |= {f"dropped/{name}": count for name, count in dropped.items()}
@@ -167,6 +169,21 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
             values[name].append(score.value)
     metrics |= {f"status/{status}": count for status, count in Counter([s.status for _, s in scores]).items()}
     return metrics | {f"reward/{name}": _mean(of) for name, of in values.items()}
+
+
+def read_tokens(batch: Batch, shares_policy: bool = False) -> dict[str, float]:
+    """How many tokens of an annotated batch each model has read without learning from them: ``read_tokens/policy``
+    (old log-probabilities, entropies), ``read_tokens/reference`` and ``read_tokens/values``, where it did.
+
+    Args:
+        batch: From ``learner.annotate``, before anything else fills it in.
+        shares_policy: The critic is a head on the policy: its values come with the policy's own pass.
+    """
+    values = batch.values_BT is not None
+    policy = batch.old_logp_BT is not None or batch.entropy_BT is not None or (values and shares_policy)
+    done = {"policy": policy, "reference": batch.ref_logp_BT is not None, "values": values and not shares_policy}
+    tokens = float(batch.length_B.sum())
+    return {f"read_tokens/{name}": tokens for name, passed in done.items() if passed}
 
 
 @dataclass

@@ -12,12 +12,13 @@ from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import MEASURED, observe, report
 from alignment.algorithms.values import batch_metrics
 from alignment.collect import Collector, staleness
-from alignment.engines.roles import handles
+from alignment.critics import HeadCritic
+from alignment.engines.roles import handles, passed
 from alignment.evaluation.evaluate import Evaluation
 from alignment.flight import Watched
 from alignment.guidance import guided_metrics
 from alignment.job import Job
-from alignment.metrics import summarise
+from alignment.metrics import read_tokens, summarise
 from alignment.offline import supervise
 from alignment.recipe import RolloutStage
 from alignment.types import Batch, Signals, TrainState
@@ -51,6 +52,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         with phases("annotate"), job.meanwhile(collector.pump):
             needs = algorithm.needs | (objective.needs(staleness=lag) | learner.needs if objective else frozenset())
             batch = learner.annotate(job.collate(slots["rl"], sealed.state.step), needs - MEASURED)
+            read = read_tokens(batch, isinstance(stage.values, HeadCritic))
         with phases("credit"):
             batch = credit(batch, algorithm, states)
         job.settled = False
@@ -68,8 +70,8 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             state = replace(sealed.state.next_step(), components=observe(components, states, signals))
             job.record_batch(state, batch, watched, states, metrics)
             metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled)
-            metrics |= imitation_metrics(slots["rl"], len(sealed.sampled))
-            metrics |= report(components, state.components) | {"staleness": float(lag)}
+            metrics |= imitation_metrics(slots["rl"], len(sealed.sampled)) | report(components, state.components)
+            metrics |= read | passed(collector.roles) | {"staleness": float(lag)}
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
     collector.close()

@@ -23,6 +23,7 @@ SECRET_VALUE = re.compile(
     r"|xox[abp]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY)"
 )
 SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|auth_?token|access_?token|hf_?token|secret|password)$", re.I)
+RECIPE = "a recipe is a mapping with at least model, data and stages"
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 30
 _TOO_DEEP = "is nested too deeply to be a recipe"
@@ -40,9 +41,9 @@ _REMEDIES = {
 }
 
 
-def read_file(path: Path, problems: list[Problem]) -> Node:
-    """The mapping that a recipe file holds. Mistakes beside which the rest can be read join ``problems``; see
-    :func:`parse`.
+def read_file(path: Path, problems: list[Problem], what: str = RECIPE) -> Node:
+    """The mapping that a recipe file holds, or another file of which ``what`` says what it should be. Mistakes beside
+    which the rest can be read join ``problems``; see :func:`parse`.
 
     Raises:
         RecipeError: The file cannot be read, is not UTF-8 or not YAML, or holds no mapping.
@@ -63,7 +64,7 @@ def read_file(path: Path, problems: list[Problem]) -> Node:
         raise RecipeError([Problem(replace(mark, line=line), (), "is not UTF-8 text; save it as UTF-8")]) from None
     node = parse(text, mark, problems)
     if node is None:
-        raise RecipeError([Problem(mark, (), "is empty; a recipe is a mapping with at least model, data and stages")])
+        raise RecipeError([Problem(mark, (), f"is empty; {what}")])
     if not isinstance(node.value, dict):
         raise RecipeError([Problem(node.mark, (), f"expected a mapping such as 'run: ...', given {kind(node.value)}")])
     return node

@@ -31,6 +31,7 @@ FILES = {
     "recipe.yaml": "the recipe with every default",
     "metrics.jsonl": "one line per step and per evaluation",
     "ledger.jsonl": "what became of every group: trained, dropped or in flight",
+    "evaluations.jsonl": "how often each held-out problem was solved, one line per evaluation",
     "rollouts.jsonl": "a sample of what the model wrote, with scores",
     "result.json": "this summary",
     "checkpoints": "what the run continues from; `align export` makes a model folder of one",
@@ -109,6 +110,7 @@ def _run(
             raise RecipeError(problems)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)
         job.ledger.rewind(state.step)
+        job.verdicts.rewind(saved.step if saved else -1)
         if saved is not None:
             job.resume(saved)
         sink.start(_description(recipe, run, saved, data))

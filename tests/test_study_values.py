@@ -14,7 +14,8 @@ import torch
 
 from alignment.algorithms.decodings import tilt_logits
 from alignment.models import load_model
-from studies.cells import Cells
+from alignment.studies.cells import Cells
+from alignment.studies.pages import insert
 from studies.values import arms, measure, report, work
 from studies.values.__main__ import CLAIM, PAGE, RESULTS, main
 from studies.values.models import fit
@@ -236,6 +237,6 @@ def test_what_is_published_is_judged_by_the_claim_as_it_stands():
     results = json.loads(RESULTS.read_text())
     assert results["claim_sha256"] == hashlib.sha256(CLAIM.read_bytes()).hexdigest()
     page = PAGE.read_text()
-    assert report.insert(page, report.markdown(results)) == page
+    assert insert(page, report.markdown(results)) == page
     assert results["settings"] == json.loads(json.dumps(Settings().to_json()))
     assert PAGE.with_suffix(".png").stat().st_size < 150_000

@@ -208,8 +208,9 @@ class PolicyLearner:
             The objective's metrics over the mini-batches that were stepped on, with ``loss`` and ``grad_norm`` as
             means over them, ``lr``, ``tokens`` trained on (again in every epoch), ``update_norm`` if the objective
             asks (how far the policy's trained weights moved, as the model computes with them), and counts:
-            ``optimizer_steps``, ``skipped_steps`` (numbers were not finite), ``empty_minibatches`` (nothing to train
-            on, so no step). A role's are prefixed ``NAME/``.
+            ``optimizer_steps``, ``skipped_steps`` (not finite), ``empty_minibatches`` (nothing to train on, so no
+            step), ``fitted_tokens`` (of whole rows, prompts included, that a pass went over and back). A role's are
+            prefixed ``NAME/``.
 
         Raises:
             FloatingPointError: Too many steps in a row had no finite numbers.
@@ -278,7 +279,7 @@ class PolicyLearner:
         sums: dict[str, Tensor] = {}
         outcomes: list[tuple[float, float, bool]] = []
         slot.begin(lr_factor)
-        empty = 0
+        empty = fitted = 0
         for epoch in range(goal.epochs):
             key = keyed_seed("minibatches", batch.seed, batch.step, epoch)
             for rows in split_minibatches(batch, goal.minibatches, key):
@@ -286,6 +287,7 @@ class PolicyLearner:
                 if not minibatch.loss_mask_BT.any():
                     empty += 1
                     continue
+                fitted += int(minibatch.length_B.sum())
                 loss, parts = accumulate(backend, loss_of, minibatch, self.config.micro_batch_tokens)
                 outcomes.append(slot.step(loss))
                 if outcomes[-1][2] and parts:
@@ -301,6 +303,7 @@ class PolicyLearner:
             "optimizer_steps": float(len(taken)),
             "skipped_steps": float(len(outcomes) - len(taken)),
             "empty_minibatches": float(empty),
+            "fitted_tokens": float(fitted),
         }
 
     # Persistence

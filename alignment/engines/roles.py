@@ -8,8 +8,9 @@ one that is ``of_prompts``, by the component that named it in ``needs``, through
 The learner saves and restores every role, weights and slot.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -91,6 +92,8 @@ class PromptHandle:
     name: str
     encode: Callable[[Prompt], Sequence[int]]
     """The tokens that the policy is shown."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """``read_tokens`` and ``fitted_tokens`` since :func:`passed` looked last."""
 
     @property
     def version(self) -> int:
@@ -99,13 +102,29 @@ class PromptHandle:
 
     def values(self, prompts: Sequence[Prompt]) -> Tensor:
         """``[len(prompts)]`` float32: what is expected of a completion, read at the prompt's last token."""
-        return self.learner.predict(self.name, [tuple(self.encode(prompt)) for prompt in prompts])
+        asked = self._encoded(prompts)
+        self.counts["read_tokens"] += sum(map(len, asked))
+        return self.learner.predict(self.name, asked)
 
     def fit(self, prompts: Sequence[Prompt], targets: Tensor) -> Mapping[str, float]:
         """One round of regression on ``targets``; metrics. A critic, which learns from each batch, is left alone."""
-        return self.learner.fit(self.name, [tuple(self.encode(prompt)) for prompt in prompts], targets)
+        metrics = self.learner.fit(self.name, self._encoded(prompts), targets)
+        self.counts["fitted_tokens"] += int(metrics.get("fitted_tokens", 0))
+        return metrics
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        return [tuple(self.encode(prompt)) for prompt in prompts]
 
 
 def handles(learner: Any, encode: Callable[[Prompt], Sequence[int]]) -> dict[str, PromptHandle]:
     """The roles of ``learner`` that components may query and fit."""
     return {name: PromptHandle(learner, name, encode) for name in learner.of_prompts}
+
+
+def passed(asked: Mapping[str, Any]) -> dict[str, float]:
+    """Tokens of prompts that each role has read, and learned from, since this was asked last: ``NAME/read_tokens`` and
+    ``NAME/fitted_tokens``."""
+    found = {f"{role}/{name}": float(n) for role, handle in asked.items() for name, n in handle.counts.items() if n}
+    for handle in asked.values():
+        handle.counts.clear()
+    return found

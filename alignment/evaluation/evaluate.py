@@ -1,7 +1,7 @@
 """Accuracy on held-out problems, with intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 from statistics import fmean
 
@@ -22,7 +22,11 @@ class Evaluation:
     problems: int
     unscored: int
     metrics: Mapping[str, float]
-    """Mean of each reward component, completion length in tokens and the truncated share."""
+    """Mean of each reward component, completion length in tokens and the truncated share; and the sums
+    ``prompt_tokens`` and ``completion_tokens`` over all rollouts."""
+    verdicts: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    """By problem: how many samples are correct, and of how many that was judged. A resumed run has none of those that
+    were made before: they are in ``evaluations.jsonl``."""
 
     def flat(self) -> dict[str, float]:
         """As metrics by name."""
@@ -58,6 +62,8 @@ def summarise_evaluation(groups: Sequence[Group]) -> Evaluation:
     metrics = {
         "length": fmean(len(r.token_ids) for r in scored) if scored else nan,
         "truncated": fmean(r.finish_reason == "length" for r in scored) if scored else nan,
+        "prompt_tokens": sum(len(r.prompt_ids) for r in rollouts),
+        "completion_tokens": sum(len(r.token_ids) for r in rollouts),
     }
     for name in {name for r in scored for name in r.scores}:
         values = [s.value for r in scored if (s := r.scores.get(name)) and s.value is not None]
@@ -69,4 +75,5 @@ def summarise_evaluation(groups: Sequence[Group]) -> Evaluation:
         problems=len(accuracies),
         unscored=len(rollouts) - len(scored),
         metrics=dict(sorted(metrics.items())),
+        verdicts={g.prompt.id: (sum(verdicts), len(verdicts)) for g, verdicts in zip(groups, judged, strict=True)},
     )

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from studies.cells import Cells
+    from alignment.studies.cells import Cells
     from studies.values import arms, report, work
     from studies.values.settings import QUICK, Settings
     from studies.values.verdict import read_claim
@@ -91,18 +91,19 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _write(results: dict[str, Any], options: argparse.Namespace) -> None:
+    from alignment.studies.pages import insert, write_json
     from studies.values import report
 
     text = report.markdown(results)
-    report.write_json(results, options.out / "results.json")
+    write_json(results, options.out / "results.json", report.ROWS)
     (options.out / "table.md").write_text(text, encoding="utf-8")
     report.plot(results, options.out / "values.png")
     print(f"\n{text}\nwritten: {options.out}/results.json, table.md, values.png")
     for outcome in results["outcomes"]:
         print(f"{outcome['name']}: {outcome['verdict']}")
     if options.publish:
-        report.write_json(results, RESULTS)
-        PAGE.write_text(report.insert(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+        write_json(results, RESULTS, report.ROWS)
+        PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
         report.plot(results, PAGE.with_suffix(".png"))
         print(f"published: {RESULTS}, {PAGE}, {PAGE.with_suffix('.png')}")
 

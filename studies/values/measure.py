@@ -1,13 +1,14 @@
 """What is counted and estimated: best-of-n without bias, operations per completion, gold at a KL, intervals."""
 
 from collections.abc import Sequence
-from math import comb, lgamma, log, pi, sqrt
+from math import comb
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from alignment.algorithms.decodings import best_of_n_kl
+from alignment.studies.statistics import seed_interval as interval
 
 
 def best_of(reward_N: Sequence[float], rank_by_N: Sequence[float], n: int) -> float:
@@ -77,36 +78,6 @@ def sequence_kl(module: nn.Module, frozen: nn.Module, ids_NT: Tensor, prompt: in
             logp, ref = (m(input_ids=rows).logits[:, prompt - 1 : -1].log_softmax(-1) for m in (module, frozen))
             total += float((logp.exp() * (logp - ref)).sum(dtype=torch.float64))
     return total / len(ids_NT)
-
-
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of ``values``, one for each seed.
-
-    A seed has its own policy, reward, prompts and completions, so that all that is random varies between seeds. With
-    one seed nothing is known: the interval is everything.
-    """
-    n = len(values)
-    if n < 2:
-        return -float("inf"), float("inf")
-    half = _student(confidence, n - 1) * float(np.std(values, ddof=1)) / sqrt(n)
-    mean = float(np.mean(values))
-    return mean - half, mean + half
-
-
-def _student(confidence: float, degrees: int) -> float:
-    """The quantile ``t`` with ``P(|T| < t) = confidence``, by bisection over the integrated density."""
-    log_scale = lgamma((degrees + 1) / 2) - lgamma(degrees / 2) - 0.5 * log(degrees * pi)
-
-    def within(t: float) -> float:
-        x = np.linspace(0.0, t, 20_001)
-        density = np.exp(log_scale - (degrees + 1) / 2 * np.log1p(x * x / degrees))
-        return 2 * float(np.trapezoid(density, x))
-
-    low, high = 0.0, 1e3
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < confidence else (low, middle)
-    return low
 
 
 __all__ = [

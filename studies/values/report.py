@@ -1,6 +1,5 @@
 """The results as JSON, as text in Markdown, and as a plot."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +18,8 @@ NAMES = {
     "ppo": "PPO, KL coefficient",
 }
 HEADS = {"scalar": "scalar", "two_hot": "two-hot", "hl_gauss": "HL-Gauss"}
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+ROWS = ("arms", "heads", "outcomes", "papers", "regime", "heads_apart", "outcomes_apart")
+"""Of the results: lists that have one line for each entry in the file."""
 
 
 def summarise(
@@ -57,19 +57,6 @@ def summarise(
         "heads_apart": [] if apart is None else _heads([row for of_seed in apart.values() for row in of_seed]),
         "outcomes_apart": [] if apart is None else [outcome.to_json() for outcome in judge_heads(claim, apart)],
     }
-
-
-def write_json(results: Mapping[str, Any], path: Path) -> None:
-    """The results as a file, one line for each arm or contrast."""
-    compact = {"arms", "heads", "outcomes", "papers", "regime", "heads_apart", "outcomes_apart"}
-    parts: list[str] = []
-    for name, value in results.items():
-        if name in compact:
-            lines = ",\n  ".join(json.dumps(row) for row in value)
-            parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
-        else:
-            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -131,19 +118,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes[2].legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=80, metadata={"Software": None})
     pyplot.close(figure)
-
-
-def insert(page: str, text: str) -> str:
-    """``page`` with ``text`` between its two marks.
-
-    Raises:
-        ValueError: It lacks them.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page has no place for results: it needs a line {BEGIN!r} and, below it, {END!r}")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
 def _arms(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
+from alignment.studies.statistics import Word, word
 from studies.values.measure import at_kl, best_of_n_kl, interval
 
-Word = Literal["holds", "does not hold", "inconclusive", "regime not reached"]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -46,17 +46,9 @@ def read_claim(path: Path) -> Claim:
 
 
 def verdict(differences: Sequence[float], minimum: float, regime: bool = True) -> Word:
-    """One word on a claim that the mean of ``differences``, one for each seed, is at least ``minimum``.
-
-    ``holds``: it is, and its 95 % interval lies above 0, or, where ``minimum`` is below 0 and so a margin, above that.
-    ``does not hold``: the interval lies below ``minimum``. Otherwise nothing can be said.
-    """
-    if not regime:
-        return "regime not reached"
-    low, high = interval(differences)
-    if fmean(differences) >= minimum and low > min(0.0, minimum):
-        return "holds"
-    return "does not hold" if high < minimum else "inconclusive"
+    """One word on a claim that the mean of ``differences``, one for each seed, is at least ``minimum``; see
+    :func:`alignment.studies.statistics.word`."""
+    return word(fmean(differences), interval(differences), minimum, regime)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from alignment.engines.value_model import ValueModel
-from studies.cells import Cells
+from alignment.studies.cells import Cells
 from studies.values import arms
 from studies.values.heads import KnownStates, error, known_states
 from studies.values.models import corrupted, fit

@@ -1,0 +1,1 @@
+"""Studies: a claim about methods, written down before it is tested, and one word on what came out: ``align study``."""

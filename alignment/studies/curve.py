@@ -1,0 +1,82 @@
+"""What a run is worth: its evaluations over what it had cost when they were made."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from alignment.evaluation.statistics import pass_at_k
+from alignment.ledger import Verdicts
+from alignment.studies.claim import Gate, Measure
+from alignment.studies.cost import Cost, Sizes, Unit, costs
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; none where there is none yet. A line that was cut off does not count."""
+    path = run / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def spent(lines: Sequence[Mapping[str, Any]], sizes: Mapping[str, Sizes] | None, unit: Unit) -> float:
+    """What had been spent when the last evaluation was made, at the end of its step."""
+    at = [line["step"] for line in lines if line["kind"] == "eval"]
+    whole = [line["step"] for line in lines if line["kind"] == "train"]
+    steps = [step for step in at if step in whole or step == 0]
+    return getattr(costs(lines, sizes)[max(steps)], unit) if steps else 0.0
+
+
+def weights(x: Sequence[float], budget: float, measure: Measure) -> np.ndarray:
+    """What each evaluation counts, so that a weighted sum is the measure; they add up to 1.
+
+    Between two evaluations accuracy is taken to go straight, before the first to be the first one. ``area`` is the
+    mean over the cost from 0 to ``budget``, ``final`` the value at ``budget``.
+    """
+    units = np.eye(len(x))
+    at = np.array([budget]) if measure.metric == "final" else np.unique([0.0, budget, *(v for v in x if v < budget)])
+    values = np.array([np.interp(at, x, unit) for unit in units])
+    return values[:, 0] if measure.metric == "final" else np.asarray(np.trapezoid(values, at, axis=1)) / budget
+
+
+def measured(
+    run: Path, sizes: Mapping[str, Sizes] | None, unit: Unit, budget: float | None, measure: Measure
+) -> dict[str, Any]:
+    """A finished run as one row: ``problems``, the measure of each held-out problem that was judged in every
+    evaluation; how many were ``unjudged``; and the ``curve``, rows of step, FLOPs, tokens and score.
+
+    Args:
+        run: Its folder.
+        sizes: Of its models by stage, or None.
+        unit: Of the cost axis.
+        budget: Where the axis ends; None: at the last evaluation.
+        measure: What is taken of the curve.
+    """
+    verdicts = Verdicts(run / "evaluations.jsonl").read()
+    at = costs(read_lines(run), sizes)
+    steps = sorted(verdicts)
+    need = measure.pass_at
+    ids = [id_ for id_ in verdicts[steps[0]] if all(verdicts[step][id_][1] >= need for step in steps)]
+    score_EP = np.array([[pass_at_k(n, c, need) for c, n in (verdicts[s][id_] for id_ in ids)] for s in steps])
+    x = [getattr(at.get(step, Cost()), unit) for step in steps]
+    weight_E = weights(x, budget or max(x[-1], 1.0), measure)
+    curve = [[s, at[s].flops, at[s].tokens, float(row.mean())] for s, row in zip(steps, score_EP, strict=True)]
+    problems = dict(zip(ids, (round(float(v), 6) for v in weight_E @ score_EP), strict=True))
+    return {"problems": problems, "unjudged": len(verdicts[steps[0]]) - len(ids), "curve": curve}
+
+
+def gate_value(lines: Sequence[Mapping[str, Any]], gate: Gate) -> float:
+    """The metric of a gate in one run.
+
+    Raises:
+        ValueError: No line has it.
+    """
+    kind, name = ("eval", gate.metric[5:]) if gate.metric.startswith("eval/") else ("train", gate.metric)
+    own = [line for line in lines if line["kind"] == kind]
+    found = [float(line[name]) for line in own if line.get(name) is not None]
+    if not found:
+        names = sorted({("eval/" if kind == "eval" else "") + key for line in own for key in line if key != "kind"})
+        raise ValueError(f"no run of arm '{gate.arm}' has a metric '{gate.metric}' (there are: {', '.join(names)})")
+    return {"first": found[0], "last": found[-1], "mean": fmean(found)}[gate.when]

@@ -1,0 +1,63 @@
+"""What runs log so that their cost can be added up."""
+
+import json
+from dataclasses import replace
+
+import torch
+
+import alignment
+from alignment.engines.roles import handles, passed
+from alignment.engines.value_roles import prompt_batch
+from alignment.ledger import Verdicts
+from alignment.metrics import read_tokens
+from alignment.studies.curve import read_lines
+from alignment.types import Prompt
+from tests.tiny import tiny
+
+
+def test_passes_are_read_off_what_the_learner_filled_in():
+    batch, zeros_BT = prompt_batch([(1, 2), (1,)]), torch.zeros(2, 2)
+    assert read_tokens(batch) == {}
+    assert read_tokens(replace(batch, old_logp_BT=zeros_BT, entropy_BT=zeros_BT)) == {"read_tokens/policy": 3}
+    assert read_tokens(replace(batch, ref_logp_BT=zeros_BT)) == {"read_tokens/reference": 3}
+    valued = replace(batch, values_BT=zeros_BT)
+    assert read_tokens(valued) == {"read_tokens/values": 3}
+    assert read_tokens(valued, shares_policy=True) == {"read_tokens/policy": 3}  # one pass gives both
+
+
+def test_what_components_ask_of_prompts_is_counted_once():
+    class Learner:
+        of_prompts = ("prompt_value",)
+
+        def predict(self, name, prompts):
+            return torch.zeros(len(prompts))
+
+        def fit(self, name, prompts, targets):
+            return {"fitted_tokens": 2.0 * sum(map(len, prompts))}
+
+    asked = handles(Learner(), lambda prompt: (1,) * int(prompt.id))
+    asked["prompt_value"].values([Prompt("3", {}), Prompt("2", {})])
+    asked["prompt_value"].fit([Prompt("3", {})], torch.zeros(1))
+    assert passed(asked) == {"prompt_value/read_tokens": 5, "prompt_value/fitted_tokens": 6}
+    assert passed(asked) == {}
+
+
+def test_a_run_with_a_critic_and_a_reference_logs_every_pass(tmp_path):
+    kl = {"name": "k3", "coefficient": 0.01}
+    algorithm = {"advantage": "gae", "kl": kl, "epochs": 2, "minibatches": 2}
+    stage = {"critic": {"name": "model", "epochs": 3}, "algorithm": algorithm, "steps": 1}
+    alignment.train(tiny(tmp_path, {"stages": {0: {"steps": 1}, 1: stage}}))
+    lines = read_lines(tmp_path / "runs" / "tiny")
+    [step] = [line for line in lines if line["kind"] == "train" and line["stage"] == "rl"]
+    rows = step["prompt_tokens"] + step["completion_tokens"]
+    read = {name: value for name, value in step.items() if name.startswith("read_tokens/")}
+    assert read == {"read_tokens/policy": rows, "read_tokens/reference": rows, "read_tokens/values": rows}
+    assert (step["fitted_tokens"], step["critic/fitted_tokens"]) == (2 * rows, 3 * rows)
+    [first, *_] = [line for line in lines if line["kind"] == "eval"]
+    verdicts = Verdicts(tmp_path / "runs" / "tiny" / "evaluations.jsonl")
+    assert first["prompt_tokens"] == 4 * 6 and len(verdicts.read()[0]) == 6
+    assert first["accuracy"] == sum(right / judged for right, judged in verdicts.read()[0].values()) / 6
+    saved = json.loads(next((tmp_path / "runs" / "tiny" / "checkpoints").rglob("manifest.json")).read_text())
+    assert all(not found["verdicts"] for found in saved["meta"]["evaluations"].values())
+    verdicts.rewind(-1)
+    assert verdicts.read() == {}

@@ -1,0 +1,175 @@
+"""Claims, costs, measures, intervals and verdicts of studies."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from alignment.architectures import Shape
+from alignment.models import load_model
+from alignment.recipe import load
+from alignment.recipe_tree import RecipeError
+from alignment.studies.claim import Gate, Measure, read_claim
+from alignment.studies.cost import Sizes, costs, flops, linear_weights, sizes_of
+from alignment.studies.curve import gate_value, weights
+from alignment.studies.design import Study
+from alignment.studies.judge import paired
+from alignment.studies.statistics import bootstrap_interval, seed_interval, student, word
+from tests.studies.small import write_claim
+from tests.tiny import write
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "minimum", "reached", "said"),
+    [
+        (0.05, (0.01, 0.09), 0.02, True, "holds"),
+        (0.05, (0.0, 0.1), 0.02, True, "inconclusive"),  # 0 is not excluded
+        (0.015, (0.01, 0.02), 0.02, True, "inconclusive"),  # an effect, but perhaps a smaller one
+        (0.01, (0.005, 0.015), 0.02, True, "does not hold"),  # an effect, and surely a smaller one
+        (-0.05, (-0.09, -0.01), 0.02, True, "does not hold"),
+        (-0.01, (-0.015, 0.005), -0.02, True, "holds"),  # a margin: not worse by more
+        (0.05, (0.01, 0.09), 0.02, False, "regime not reached"),
+        (0.05, (-np.inf, np.inf), 0.02, True, "inconclusive"),
+    ],
+)
+def test_verdicts(mean, interval, minimum, reached, said):
+    assert word(mean, interval, minimum, reached) == said
+
+
+def test_flops_of_a_step_worked_by_hand():
+    record = {
+        "kind": "train", "prompt_tokens": 10, "completion_tokens": 20,  # 2 * 100 * 30 = 6000
+        "read_tokens/policy": 25, "read_tokens/reference": 25,  # 2 * 100 * 50 = 10000
+        "read_tokens/values": 25, "critic/fitted_tokens": 50,  # 2 * 7 * 25 + 6 * 7 * 50 = 2450
+        "prompt_value/read_tokens": 9, "prompt_value/fitted_tokens": 3,  # 2 * 3 * 9 + 6 * 3 * 3 = 108
+        "fitted_tokens": 50, "sft/fitted_tokens": 5,  # 6 * 100 * 55 = 33000
+    }  # fmt: skip
+    assert flops(record, Sizes(policy=100, critic=7, prompt_value=3)) == 6000 + 10000 + 2450 + 108 + 33000
+    assert flops(record, Sizes(100, 7, 3, trained=4)) == 6000 + 10000 + 2450 + 108 + 22000
+    assert flops({"kind": "eval", "prompt_tokens": 10, "completion_tokens": 20}, Sizes(100)) == 6000
+
+
+def test_validation_and_dropped_rollouts_count():
+    lines = [
+        {"step": 0, "stage": "rl", "kind": "eval", "prompt_tokens": 4, "completion_tokens": 6},
+        {"step": 1, "stage": "rl", "kind": "train", "prompt_tokens": 4, "completion_tokens": 16, "fitted_tokens": 10},
+        {"step": 2, "stage": "rl", "kind": "eval", "prompt_tokens": 4, "completion_tokens": 6},
+        {"step": 2, "stage": "rl", "kind": "train", "prompt_tokens": 4, "completion_tokens": 16, "fitted_tokens": 20},
+    ]
+    at = costs(lines, {"rl": Sizes(1)})
+    assert [(at[s].flops, at[s].tokens, at[s].steps) for s in (0, 1, 2)] == [(20, 0, 0), (120, 16, 1), (300, 32, 2)]
+
+
+def test_weights_of_linear_layers_are_those_of_the_model(tmp_path):
+    recipe = load([write(tmp_path)])
+    shape = Shape.of(recipe.model)
+    module = load_model(recipe.model, 0).module
+    assert shape is not None
+    assert linear_weights(shape) == sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    assert sizes_of(recipe, recipe.stages[1]) == Sizes(linear_weights(shape))
+
+
+@pytest.mark.parametrize(("critic", "expected"), [("model", 1), ("head", 1)])
+def test_sizes_of_a_critic_are_the_policys_unless_it_has_a_model(tmp_path, critic, expected):
+    change = {"stages": {1: {"critic": critic, "algorithm": {"advantage": "gae"}}}}
+    recipe = load([write(tmp_path, change)])
+    found = sizes_of(recipe, recipe.stages[1])
+    assert found.critic == expected * found.policy
+
+
+def test_weights_of_evaluations():
+    x = [1.0, 2.0, 4.0]
+    area = weights(x, 4.0, Measure(metric="area"))
+    # Flat from 0 to 1, straight lines to 2 and to 4: (1 + 0.5, 0.5 + 1, 1) / 4.
+    assert area.tolist() == pytest.approx([0.375, 0.375, 0.25])
+    assert weights(x, 3.0, Measure(metric="final")).tolist() == pytest.approx([0, 0.5, 0.5])
+    assert weights(x, 3.0, Measure(metric="area")).sum() == pytest.approx(1)
+
+
+def test_student_and_its_interval():
+    assert student(0.95, 7) == pytest.approx(2.3646, abs=1e-3)
+    low, high = seed_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+
+
+def test_bootstrap_covers_about_as_often_as_it_says():
+    """Differences with an effect of the seed and of the problem, which all seeds share."""
+    random, hits = np.random.default_rng(0), {True: 0, False: 0}
+    for trial in range(60):
+        problem_P, seed_S = random.normal(0, 1, 40), random.normal(0, 0.1, 8)
+        values = problem_P + seed_S[:, None] + random.normal(0, 0.3, (8, 40))
+        for crossed in hits:
+            low, high = bootstrap_interval(values.tolist(), crossed, seed=trial)
+            hits[crossed] += low <= 0 <= high
+    assert hits[True] >= 54  # of 60; 57 are expected
+    assert hits[False] < hits[True]  # problems drawn anew for each seed average out, and are none the less the same
+
+
+def test_bootstrap_without_problems_to_draw_is_of_seeds():
+    values = [[0.1] * 5, [0.2] * 5, [0.3] * 5, [0.4] * 5]
+    found = [bootstrap_interval(values, crossed) for crossed in (True, False)]
+    assert found[0] == pytest.approx(found[1], abs=0.02) and 0.05 < found[0][0] < 0.2 < found[0][1] <= 0.4 + 1e-9
+    assert bootstrap_interval(values, True) == found[0]
+    assert bootstrap_interval([[0.1, 0.2]], True) == (-np.inf, np.inf)
+
+
+def test_pairs_are_by_seed_and_problem():
+    own = {("a", 1): {"problems": {"p": 0.5, "q": 1.0}}, ("b", 1): {"problems": {"q": 0.25, "p": 0.5}},
+           ("a", 2): {"problems": {"p": 0.0, "q": 1.0}}, ("b", 2): {"problems": {"p": 0.5, "q": 0.0}}}  # fmt: skip
+    assert paired(own, "a", "b") == ([[0.0, 0.75], [-0.5, 1.0]], True)
+    other = {key: {"problems": {f"{key[1]}/{p}": v for p, v in r["problems"].items()}} for key, r in own.items()}
+    assert paired(other, "a", "b") == ([[0.0, 0.75], [-0.5, 1.0]], False)
+
+
+def test_gates_read_metrics():
+    lines = [{"kind": "train", "zero_variance": v} for v in (0.2, None, 0.6)] + [{"kind": "eval", "accuracy": 0.9}]
+    gates = {when: Gate(arm="a", metric="zero_variance", when=when, at_least=0) for when in ("first", "last", "mean")}
+    assert [gate_value(lines, gates[when]) for when in gates] == [0.2, 0.6, pytest.approx(0.4)]
+    assert gate_value(lines, Gate(arm="a", metric="eval/accuracy", at_most=1)) == 0.9
+    with pytest.raises(ValueError, match=r"no metric|has a metric 'zero'.*zero_variance"):
+        gate_value(lines, Gate(arm="a", metric="zero", at_most=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"armz": 1}, r"small.yaml:\d+: armz: there is no key 'armz'; did you mean 'arms'\?"),
+        (
+            {"primary": {"arm": "bonis"}},
+            r"small.yaml:\d+: primary.arm: there is no arm 'bonis'; did you mean 'bonus'\?",
+        ),
+        ({"primary": {"against": "bonus"}}, "cannot be compared with itself"),
+        ({"primary": {"arm": "zero"}}, "'zero' is a control"),
+        ({"tune": {"seeds": [1, 101]}}, r"seeds \[1\] are report seeds as well"),
+        ({"report_seeds": [1, 1]}, "a seed is given twice"),
+        ({"budget": {"steps": 2, "tokens": 3}}, "exactly one of flops, tokens and steps"),
+        ({"gate": [{"arm": "plain", "metric": "accuracy"}]}, "needs at_least, at_most or both"),
+        ({"arms": {"bonus": {"set": {"stages.1.learner.lr": 1}}}}, "is in tune.grid"),
+        ({"budget": {"steps": "two"}}, r"budget.steps: expected a number"),
+    ],
+)
+def test_mistakes_in_a_claim_are_told_with_their_line(tmp_path, change, told):
+    with pytest.raises(RecipeError, match=told):
+        read_claim(write_claim(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"arms": {"bonus": {"set": {"stages.1.algoritm": {}}}}},
+            r"small.yaml:\d+: stages.1.algoritm: there is no key",
+        ),
+        ({"arms": {"bonus": {"set": {"evaluation.samples": 2}}}}, r"arms.bonus.set: changes evaluation"),
+        ({"arms": {"bonus": {"set": {"stages.0.steps": 2}}}}, r"arms.bonus.set: changes stages.0"),
+        (
+            {"tune": {"grid": {"stages.1.learner.lr": [-1.0]}}},
+            r"small.yaml:\d+: stages.1.learner.lr: expected a number",
+        ),
+        ({"warm_up": {"stages": 2}}, "leaves nothing to study"),
+        ({"recipe": "none.yaml"}, "none.yaml: no such file"),
+    ],
+)
+def test_mistakes_in_the_recipes_of_a_claim_are_told_with_its_line(tmp_path, change, told):
+    study = Study(read_claim(write_claim(tmp_path, change)), tmp_path / "out")
+    with pytest.raises(RecipeError, match=told):
+        study.check()

@@ -1,0 +1,201 @@
+"""`align study`: a tiny study through the command, stopped by Ctrl-C and gone on with; what it refuses."""
+
+import hashlib
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from alignment.cli import app
+from alignment.ledger import Verdicts
+from alignment.studies import running
+from alignment.studies.cells import Cells
+from alignment.studies.claim import read_claim
+from alignment.studies.cost import costs
+from alignment.studies.curve import read_lines
+from alignment.studies.design import Study
+from alignment.studies.judge import results_of
+from alignment.studies.work import digest_of
+from alignment.trainer import train
+from tests.studies.small import write_claim
+
+RUNS = 12  # 3 warm-ups, 2 arms at 2 rates on a tuning seed, 2 arms on 2 report seeds, a control
+
+
+class CtrlC:
+    """Presses Ctrl-C in the first step of a run."""
+
+    def start(self, run: Any) -> None: ...
+    def rollouts(self, *_: Any) -> None: ...
+    def finish(self, result: Any) -> None: ...
+    def close(self) -> None: ...
+    def log(self, record: Any) -> None:
+        if record.kind == "train" and record.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def invoke(*arguments: str | Path, code: int = 0) -> str:
+    done = CliRunner().invoke(app, ["study", *map(str, arguments)], env={"COLUMNS": "250"})
+    assert done.exit_code == code, f"{done.output}\n{done.exception}"
+    return done.output
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A study that was stopped once and then finished."""
+
+    folder: Path
+    stopped: str
+    finished: str
+    trained: list[str]
+    """Runs that were trained by the second call."""
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.out / "results.json").read_text())
+
+    def options(self) -> list[str]:
+        return ["--out", str(self.out), "--docs", str(self.folder / "docs")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Whole:
+    folder, patch = tmp_path_factory.mktemp("study"), pytest.MonkeyPatch()
+    claim, trained = write_claim(folder), list[str]()
+
+    def interrupted(recipe: Any, sinks: Any = (), **options: Any) -> dict[str, Any]:
+        return train(recipe, sinks=[*sinks, *([CtrlC()] if recipe.run.name == "bonus.0.1" else [])], **options)
+
+    def counted(recipe: Any, **options: Any) -> dict[str, Any]:
+        trained.append(recipe.run.name)
+        return train(recipe, **options)
+
+    options = ["--out", str(folder / "out"), "--docs", str(folder / "docs")]
+    patch.setattr(running, "train", interrupted)
+    stopped = invoke(claim, *options, code=130)
+    patch.setattr(running, "train", counted)
+    finished = invoke(claim, *options)
+    patch.undo()
+    return Whole(folder, stopped, finished, trained)
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(whole):
+    assert "the same command goes on" in whole.stopped and f"8/{RUNS}  report plain" in whole.stopped
+    assert whole.trained == ["bonus.0.1", "plain.0.2", "bonus.0.2", "zero.0.1"]
+    steps = [line["step"] for line in read_lines(whole.out / "runs" / "bonus.0.1") if line["kind"] == "train"]
+    evaluations = (whole.out / "runs" / "bonus.0.1" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [0, 2]
+    assert steps == [1, 2]  # not the four of the recipe: the budget is two
+    assert f"{RUNS}/{RUNS}  control zero" in whole.finished and "min left" in whole.finished
+
+
+def test_results_a_page_and_a_plot_are_written(whole):
+    results, page = whole.results, (whole.folder / "docs" / "small.md").read_text()
+    assert results["verdict"] in ("holds", "does not hold", "inconclusive")
+    assert f"verdict: {results['verdict']}" in whole.finished and f"**Verdict: {results['verdict']}.**" in page
+    digest = hashlib.sha256((whole.folder / "small.yaml").read_bytes()).hexdigest()
+    assert results["claim_sha256"] == digest and digest in page
+    assert results["seeds"] == {"tune": [101], "report": [1, 2]} and len(results["cells"]) == 4
+    assert [arm["arm"] for arm in results["arms"]] == ["plain", "bonus"]
+    assert all(arm["flops"] > 0 and arm["steps"] == 2 for arm in results["arms"])
+    assert "| plain | it is stable | A paper (arXiv 0000.00000) |" in page
+    assert (whole.folder / "docs" / "small.png").stat().st_size > 1000
+
+
+def test_no_bonus_equals_no_control_bit_for_bit_and_a_bonus_does_not(whole):
+    assert whole.results["controls"] == [{"arm": "zero", "equals": "plain", "equal": True}]
+    lines = [json.loads(line) for line in (whole.out / "cells.jsonl").read_text().splitlines()]
+    policy = {cell["name"].split("/")[1]: cell["rows"][0]["policy"] for cell in lines if cell["seed"] == 1
+              and not cell["name"].startswith("warm")}  # fmt: skip
+    assert policy["zero"] == policy["plain"] != policy["bonus"]
+
+
+def test_arms_of_a_seed_begin_alike_and_see_the_same_prompts(whole):
+    starts = [Verdicts(whole.out / "runs" / f"{arm}.0.1" / "evaluations.jsonl").read()[0] for arm in ("plain", "bonus")]
+    first = [read_lines(whole.out / "runs" / f"{arm}.0.1")[0] for arm in ("plain", "bonus")]
+    assert starts[0] == starts[1] and len(starts[0]) == 6
+    assert [line["prompt_tokens"] for line in first] == [first[0]["prompt_tokens"]] * 2
+
+
+def test_costs_add_up_over_a_run(whole):
+    lines = read_lines(whole.out / "runs" / "plain.0.1")
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert costs(lines, None)[2].tokens == sum(line["completion_tokens"] for line in trained)
+    assert all(line["fitted_tokens"] == line["prompt_tokens"] + line["completion_tokens"] for line in trained)
+    [cell] = [c for c in whole.results["cells"] if (c["arm"], c["seed"]) == ("plain", 1)]
+    assert [row[0] for row in cell["curve"]] == [0, 2] and cell["curve"][0][1] < cell["curve"][1][1]
+
+
+def test_a_finished_study_trains_nothing_and_keeps_what_was_written_around_the_results(whole, monkeypatch):
+    page = whole.folder / "docs" / "small.md"
+    page.write_text(page.read_text() + "\nHow to read it.\n")
+    before, results = page.read_text(), whole.results
+    monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained again"))
+    invoke(whole.folder / "small.yaml", *whole.options())
+    assert page.read_text() == before and whole.results == results
+
+
+def test_a_claim_that_was_changed_is_refused(whole, tmp_path):
+    claim = write_claim(tmp_path / "changed", {"primary": {"minimum_effect": 0.01}})
+    told = invoke(claim, *whole.options(), code=2)
+    assert "a claim does not change once it is measured" in told and "--out" in told
+    claim.write_bytes((whole.folder / "small.yaml").read_bytes())
+    recipe = claim.with_name("tiny.yaml")
+    recipe.write_text(recipe.read_text().replace("steps: 4", "steps: 5"))
+    assert "is not what" in invoke(claim, *whole.options(), code=2)
+
+
+def test_where_the_regime_is_not_reached_or_a_control_failed_no_claim_holds(whole, tmp_path):
+    begun = Study(read_claim(whole.folder / "small.yaml"), whole.out)
+    cells = Cells(whole.out / "cells.jsonl", digest_of(begun))
+    gate = [{"arm": "plain", "metric": "eval/accuracy", "when": "last", "at_most": -1.0}]
+    gated = Study(read_claim(write_claim(tmp_path / "a", {"gate": gate})), whole.out)
+    assert results_of(gated, cells, {"plain": 0, "bonus": 0})["verdict"] == "regime not reached"
+    failed = Study(
+        read_claim(write_claim(tmp_path / "b", {"controls": [{"arm": "zero", "equals": "bonus"}]})), whole.out
+    )
+    results = results_of(failed, cells, {"plain": 0, "bonus": 0})
+    assert results["verdict"] == "inconclusive" and not results["controls"][0]["equal"]
+
+
+def test_a_dry_run_lists_runs_and_starts_none(whole, tmp_path):
+    told = invoke(whole.folder / "small.yaml", *whole.options(), "--dry-run")
+    assert f"{RUNS} runs, {RUNS} done" in told
+    claim = write_claim(tmp_path)
+    told = invoke(claim, "--out", tmp_path / "out", "--dry-run")
+    assert told.count("to do") == RUNS and "tune     seed 101  bonus stages.1.learner.lr=0.01" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_quick_gives_no_verdict_and_publishes_nothing_and_a_gate_is_told(tmp_path):
+    gate = [{"arm": "plain", "metric": "zero_variance", "at_most": -1.0, "text": "some variance"}]
+    claim = write_claim(tmp_path, {"gate": gate, "warm_up": {"stages": 1}})
+    told = invoke(claim, "--quick", "--out", tmp_path / "out", "--docs", tmp_path / "docs")
+    assert told.strip().endswith("quick: no verdict") and "| some variance (plain) | at most -1 |" in told
+    assert not (tmp_path / "docs").exists() and (tmp_path / "out" / "small.png").is_file()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [gate["met"] for gate in results["gate"]] == [False] and results["seeds"]["report"] == [1]
+
+
+def test_what_a_user_can_mend_is_told_without_a_traceback(tmp_path):
+    assert "no such file" in invoke(tmp_path / "none.yaml", code=2)
+    claim = write_claim(tmp_path, {"budget": {"steps": 9}, "controls": []})
+    told = invoke(claim, "--out", tmp_path / "out", code=2)
+    assert "small.yaml:" in told and "ended at 4 of 9 steps" in told
+
+
+@pytest.mark.full  # two processes that import torch
+def test_several_runs_at_a_time_give_the_same_numbers(whole, tmp_path):
+    claim = write_claim(tmp_path, {"tune": None, "report_seeds": [1, 2], "controls": [], "gate": []})
+    invoke(claim, "--workers", "2", "--out", tmp_path / "out", "--docs", tmp_path / "docs")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    known = {(cell["arm"], cell["seed"]): cell["curve"] for cell in whole.results["cells"]}
+    assert all(known[cell["arm"], cell["seed"]] == cell["curve"] for cell in found if cell["arm"] != "zero")
