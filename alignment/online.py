@@ -46,8 +46,9 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         job.engines.rest()
         states, context = sealed.state.components, collector.context(sealed.state.step)
         objective = None if stage.policy_rests(state.stage_step) else Objective.of(algorithm, states)
-        groups = stage.trained(sealed.groups)
-        slots = algorithm.mixer.route(states.get("mixer"), groups, job.data.demonstrations, context)
+        slots = algorithm.mixer.route(
+            states.get("mixer"), stage.trained(sealed.groups), job.data.demonstrations, context
+        )
         lag = staleness(slots["rl"], state.step)
         with phases("annotate"), job.meanwhile(collector.pump):
             needs = algorithm.needs | (objective.needs(staleness=lag) | learner.needs if objective else frozenset())
