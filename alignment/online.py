@@ -1,5 +1,6 @@
 """Online reinforcement learning (GRPO, PPO, ...) and the fitting of values: one loop, read it top to bottom."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from alignment.algorithms.mixers import imitation_metrics
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import MEASURED, observe, report
 from alignment.algorithms.values import batch_metrics
-from alignment.collect import Collector, staleness
+from alignment.collect import Collector, Sealed, staleness
 from alignment.critics import HeadCritic
 from alignment.engines.roles import handles, passed
 from alignment.evaluation.evaluate import Evaluation
@@ -21,7 +22,7 @@ from alignment.job import Job
 from alignment.metrics import read_tokens, summarise
 from alignment.offline import supervise
 from alignment.recipe import RolloutStage
-from alignment.types import Batch, Signals, TrainState
+from alignment.types import Batch, Group, Signals, TrainState
 
 
 def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState:
@@ -63,20 +64,24 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             metrics = learner.update(batch, watched) | batch_metrics(batch) | advantage_metrics(batch)
             for slot in sorted(slots.keys() - {"rl"}):
                 metrics |= supervise(job, slots[slot], sealed.state.step, slot)
-        metrics |= job.publish(sealed.state.step + 1)
+        metrics |= job.publish(sealed.state.step + 1) | read | {"staleness": float(lag)}
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
         with phases("record"):
             before = job.evaluations.get(sealed.state.step)
             signals = Signals(sealed.sampled, batch, metrics, _flat(evaluation), context, _flat(before), gram_KK)
             state = replace(sealed.state.next_step(), components=observe(components, states, signals))
             job.record_batch(state, batch, watched, states, metrics)
-            metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled)
-            metrics |= imitation_metrics(slots["rl"], len(sealed.sampled)) | report(components, state.components)
-            metrics |= read | passed(collector.roles) | {"staleness": float(lag)}
+            metrics |= _of_groups(sealed, slots["rl"]) | report(components, state.components) | passed(collector.roles)
         state = job.finish_step(state, metrics, sealed)
         del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
     collector.close()
     return state
+
+
+def _of_groups(sealed: Sealed, trained: Sequence[Group]) -> dict[str, float]:
+    """Metrics of what was sampled for a step, and of what of it is trained on."""
+    sampled = sealed.sampled
+    return summarise(sampled, sealed.dropped) | guided_metrics(sampled) | imitation_metrics(trained, len(sampled))
 
 
 def _gram(job: Job, algorithm: Algorithm, batch: Batch, objective: Objective | None) -> Tensor | None:
