@@ -19,12 +19,12 @@ from alignment.curricula import (
     Uniform,
     curricula,
     select_prompts,
+    thompson,
     with_selector,
 )
 from alignment.curricula.instance_filter import admission_probability
 from alignment.curricula.orders import arm_of, arms_of
 from alignment.curricula.prompt_curriculum import nearest
-from alignment.curricula.thompson import shard
 from alignment.errors import UserError
 from alignment.types import Context, Prompt
 from tests.curricula_helpers import Table, group, prompts, signals
@@ -245,23 +245,35 @@ def test_beliefs_are_beta_and_evidence_fades():
     a, b = component.beliefs(state, made, 10)
     assert (a.tolist(), b.tolist()) == ([2.5, 1.0, 1.0], [1.5, 1.0, 1.0])
     state = component.observe(state, signals([group(made[0], [0, 0])], step=20))
-    assert state["seen"] == {shard("p0"): {"p0": [0.75, 2.25, 20]}, shard("p1"): {}}, "only what was sampled"
+    assert state["recent"] == {"p0": [0.75, 2.25, 20]} and not state["seen"], "only what was sampled"
     assert component.metrics(state) == {"seen": 1.0}
+
+
+def test_counts_do_not_hang_on_when_the_two_tables_become_one(monkeypatch):
+    made, component = prompts(5), Thompson(half_life=3)
+    ends = []
+    for size in (0, 1, 3, 100):
+        monkeypatch.setattr(thompson, "RECENT", size)
+        state = component.init()
+        for step in range(9):
+            found = [group(made[(step + i) % 5], [1, step % 2]) for i in range(3)]
+            state = component.observe(through_json(state), signals(found, step=step))
+        assert component.metrics(state) == {"seen": 5.0} and len(state["recent"]) <= max(size, 3)
+        ends.append([b.tolist() for b in component.beliefs(state, made, 9)])
+    assert ends[0] == ends[1] == ends[2] == ends[3]
 
 
 def test_thompson_sampling_chooses_what_is_likely_near_the_target():
     made, component = prompts(30), Thompson()
-    known: dict[str, Any] = {}
-    for i in range(20):
-        known.setdefault(shard(f"p{i}"), {})[f"p{i}"] = [90.0, 10.0, 0] if i < 10 else [50.0, 50.0, 0]
+    known = {f"p{i}": [90.0, 10.0, 0] if i < 10 else [50.0, 50.0, 0] for i in range(20)}
     counts: Counter[str] = Counter()
     for draws in range(200):
-        chosen, after = component.select({"seen": known, "draws": draws}, made, 7, AT)
+        chosen, after = component.select({"seen": known, "recent": {}, "draws": draws}, made, 7, AT)
         assert len({p.id for p in chosen}) == 7 and after["draws"] == draws + 1
         counts.update("easy" if int(p.id[1:]) < 10 else "middle" if int(p.id[1:]) < 20 else "new" for p in chosen)
     assert counts["easy"] == 0 and counts["middle"] > counts["new"] > 100
-    same = [component.select({"seen": known, "draws": 3}, made, 7, AT)[0] for _ in range(2)]
-    assert same[0] == same[1] != component.select({"seen": known, "draws": 3}, made, 7, Context(0, 1))[0]
+    same = [component.select({"seen": known, "recent": {}, "draws": 3}, made, 7, AT)[0] for _ in range(2)]
+    assert same[0] == same[1] != component.select({"seen": known, "recent": {}, "draws": 3}, made, 7, Context(0, 1))[0]
     assert component.select(component.init(), made[:5], 5, AT)[0] == made[:5]
 
 
@@ -376,6 +388,6 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path, run):
         assert all(stale[line["step"]] > 0 for line in ledger if line["replayed"]), "so log-probabilities are compared"
         assert sum(state["curricula.0"]["q"].values()) > 0
     if "levels" in run:
-        assert state["curricula.0"]["open"] == 2 and state["curricula.1"]["seen"]
+        assert state["curricula.0"]["open"] == 2 and state["curricula.1"]["recent"]
     if "model" in run:
         assert state["curricula.1"]["version"] == 6 and state["curricula.1"]["error"] is not None

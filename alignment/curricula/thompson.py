@@ -1,9 +1,8 @@
 """What is known of each prompt's pass rate, and how sure that is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
-from zlib import crc32
 
 import numpy as np
 
@@ -12,8 +11,8 @@ from alignment.curricula.outcomes import own
 from alignment.registry import option
 from alignment.types import Context, Prompt, Signals, keyed_seed
 
-SHARDS = 8192
-NONE: Mapping[str, Sequence[float]] = {}
+RECENT = 4096
+"""Prompts that are kept apart from the others, at most, but for those of one step."""
 
 
 @curricula.register("thompson", source="this project", evidence="end to end")
@@ -34,11 +33,12 @@ class Thompson:
     half_life: Annotated[float, option("after which evidence counts half", unit="steps", gt=0)] = 50.0
 
     def init(self) -> dict[str, Any]:
-        """``seen``: successes, failures and the step they are of, by shard and prompt id; ``draws`` counts calls.
+        """``seen`` and ``recent``: successes, failures and the step they are of, by prompt id; ``draws`` counts calls.
 
-        Shards, so that a step copies few of them and not a table as long as the data set.
+        What is in ``recent`` comes first. A step copies that alone, and not a table as long as the data set; the two
+        become one when ``recent`` has grown.
         """
-        return {"seen": {}, "prompts": 0, "draws": 0}
+        return {"seen": {}, "recent": {}, "draws": 0}
 
     def candidates(self, n: int) -> int:
         """How many it chooses ``n`` from."""
@@ -57,33 +57,26 @@ class Thompson:
 
     def beliefs(self, state: Any, prompts: Sequence[Prompt], step: int) -> tuple[np.ndarray[Any, Any], ...]:
         """Both parameters of each prompt's Beta distribution at ``step``."""
-        seen, nothing = state["seen"], (0.0, 0.0, step)
-        right, wrong, then = zip(
-            *[seen.get(shard(prompt.id), NONE).get(prompt.id, nothing) for prompt in prompts], strict=True
-        )
+        seen, recent, nothing = state["seen"].get, state["recent"].get, (0.0, 0.0, step)
+        found = [recent(prompt.id) or seen(prompt.id, nothing) for prompt in prompts]
+        right, wrong, then = zip(*found, strict=True)
         left = 0.5 ** ((step - np.array(then, dtype=np.float64)) / self.half_life)
         return 1 + np.array(right, dtype=np.float64) * left, 1 + np.array(wrong, dtype=np.float64) * left
 
     def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
         """The counts with those of all sampled groups, whatever became of them."""
-        seen, step, new = dict(state["seen"]), signals.context.step, 0
-        for at in sorted({shard(group.prompt.id) for group in signals.groups}):
-            seen[at] = dict(seen.get(at, NONE))
+        seen, recent, step = state["seen"], dict(state["recent"]), signals.context.step
         for group in signals.groups:
             verdicts = [r.correct for r in own(group) if r.correct is not None]
             if verdicts:
-                part = seen[shard(group.prompt.id)]
-                new += group.prompt.id not in part
-                before, right = part.get(group.prompt.id, (0.0, 0.0, step)), sum(verdicts)
+                at, right = group.prompt.id, sum(verdicts)
+                before = recent.get(at) or seen.get(at, (0.0, 0.0, step))
                 left = 0.5 ** ((step - before[2]) / self.half_life)
-                part[group.prompt.id] = [before[0] * left + right, before[1] * left + len(verdicts) - right, step]
-        return {**state, "seen": seen, "prompts": state["prompts"] + new}
+                recent[at] = [before[0] * left + right, before[1] * left + len(verdicts) - right, step]
+        if len(recent) > RECENT:
+            seen, recent = {**seen, **recent}, {}
+        return {**state, "seen": seen, "recent": recent}
 
     def metrics(self, state: Any) -> dict[str, float]:
         """``seen``: prompts that were sampled at least once."""
-        return {"seen": float(state["prompts"])}
-
-
-def shard(prompt_id: str) -> str:
-    """Where the counts of a prompt stand."""
-    return str(crc32(prompt_id.encode()) % SHARDS)
+        return {"seen": float(len(state["seen"]) + len(state["recent"].keys() - state["seen"].keys()))}
