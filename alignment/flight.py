@@ -43,6 +43,8 @@ class Update:
 
     rows: Tensor
     calls: list[Call] = field(default_factory=list)
+    logp_BT: Tensor | None = None
+    """Of the policy before the update's step, of these rows; where the objective asked for it and was watched."""
 
 
 @dataclass
@@ -54,8 +56,10 @@ class Watched:
 
     def prepare(self, minibatch: Batch) -> Batch:
         """As :meth:`Objective.prepare`, which is called once per mini-batch."""
-        self.updates.append(Update(minibatch.key_B.cpu()))
-        return self.objective.prepare(minibatch)
+        prepared = self.objective.prepare(minibatch)
+        logp_BT = None if prepared.logp_BT is None else prepared.logp_BT.cpu()
+        self.updates.append(Update(minibatch.key_B.cpu(), logp_BT=logp_BT))
+        return prepared
 
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As :meth:`Objective.loss`."""
@@ -94,6 +98,11 @@ class Watched:
     def wants_entropy_grad(self) -> bool:
         """As :attr:`Objective.wants_entropy_grad`."""
         return self.objective.wants_entropy_grad
+
+    @property
+    def wants_logp(self) -> bool:
+        """As :attr:`Objective.wants_logp`."""
+        return self.objective.wants_logp
 
 
 @dataclass(frozen=True)
@@ -221,6 +230,8 @@ def _path(folder: Path, step: int) -> Path:
 
 def _tensors(name: str, update: Update) -> dict[str, Tensor]:
     tensors = {f"{name}.rows": update.rows}
+    if update.logp_BT is not None:
+        tensors[f"{name}.logp_BT"] = update.logp_BT
     for i, call in enumerate(update.calls):
         tensors |= {f"{name}.{i}.rows": call.rows, f"{name}.{i}.logp_BT": call.logp_BT}
         if call.entropy_BT is not None:
@@ -240,7 +251,7 @@ def _update(name: str, tensors: Mapping[str, Tensor], calls: Sequence[Mapping[st
         )
         for i, call in enumerate(calls)
     ]
-    return Update(tensors[f"{name}.rows"], found)
+    return Update(tensors[f"{name}.rows"], found, tensors.get(f"{name}.logp_BT"))
 
 
 def _updates(batch: Batch, objective: Objective | Watched) -> tuple[list[Update], str]:
@@ -252,7 +263,11 @@ def _updates(batch: Batch, objective: Objective | Watched) -> tuple[list[Update]
         def rows(keys: Tensor) -> Tensor:
             return torch.tensor([row_of[key] for key in keys.tolist()], dtype=torch.int64)
 
-        return [Update(rows(u.rows), [replace(c, rows=rows(c.rows)) for c in u.calls]) for u in watched], "update"
+        def of_rows(update: Update) -> Update:
+            calls = [replace(call, rows=rows(call.rows)) for call in update.calls]
+            return replace(update, rows=rows(update.rows), calls=calls)
+
+        return [of_rows(update) for update in watched], "update"
     name = "behaviour_logp" if batch.old_logp_BT is None else "old_logp"
     logp_BT = batch.behaviour_logp_BT if batch.old_logp_BT is None else batch.old_logp_BT
     plain = objective.objective if isinstance(objective, Watched) else objective

@@ -24,7 +24,7 @@ from alignment.errors import UserError
 from alignment.evaluation.evaluate import Evaluation, evaluate
 from alignment.flight import FlightRecorder, Watched
 from alignment.ledger import Ledger, Verdicts
-from alignment.metrics import Phases, Record, Sink
+from alignment.metrics import Phases, Record, Sink, entropy_change
 from alignment.models import Model, decode, stop_ids
 from alignment.positions import max_positions
 from alignment.recipe import OnlineStage, Recipe, RolloutStage, Sampling, Stage
@@ -210,7 +210,9 @@ class Job:
                 self.archive.add(sealed.state.step, sealed.fresh)
                 self.archive.prune([state.step, *self.checkpoints.steps()])
             name, verdicts = f"verdicts/{self.stage.name}", sum(r.scored for g in groups for r in g.rollouts)
-            state = replace(state, counters={**state.counters, name: state.counters.get(name, 0) + verdicts})
+            change, counters = entropy_change(state.counters, self.stage.name, metrics)
+            state = replace(state, counters={**counters, name: counters.get(name, 0) + verdicts})
+            metrics = {**metrics, **change}
         self.state, self.settled = state, True
         self._tick()
         timed = self.phases.flush(**{name: int(metrics.get(name, 0)) for name in ("tokens", "rollouts")})

@@ -275,3 +275,28 @@ def build_result(
         "folder": str(folder),
         "files": dict(files),
     }
+
+
+def entropy_change(
+    before: Mapping[str, float], stage: str, metrics: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What an update did to the entropy, as far as the next batch shows it, beside what was predicted of it.
+
+    Args:
+        before: The state's counters.
+        stage: Its name.
+        metrics: Of this step's update.
+
+    Returns:
+        ``entropy_change``, the mean entropy of this update's tokens less that of the stage's update before, which was
+        of other prompts; ``entropy_change_predicted``, the ``entropy_predicted`` of that update (nats per unit of a
+        step in the logits: of use for its sign and its course, not its size). Empty at first. And the next counters.
+    """
+    names = {"entropy": f"entropy/{stage}", "entropy_predicted": f"entropy_predicted/{stage}"}
+    if not names.keys() <= metrics.keys():
+        return {}, dict(before)
+    found: dict[str, float] = {}
+    if names["entropy"] in before:
+        found["entropy_change"] = metrics["entropy"] - before[names["entropy"]]
+        found["entropy_change_predicted"] = before[names["entropy_predicted"]]
+    return found, {**before, **{place: metrics[name] for name, place in names.items()}}

@@ -253,8 +253,8 @@ def _passes(stage: Stage) -> Iterator[str]:
         objective = Objective.of(algorithm, fresh(stage.components()))
         needs = algorithm.needs | (objective.needs(staleness=stage.max_staleness) if trained else frozenset())
         yield "sample"
-        if needs & {"old_logp", "entropy"}:
-            named = {"old_logp": "old log-probabilities", "entropy": "entropies"}
+        named = {"old_logp": "old log-probabilities", "entropy": "entropies", "entropy_drift": "what moves these"}
+        if needs & named.keys():
             yield " and ".join(text for need, text in named.items() if need in needs)
         if "reference" in needs:
             yield "reference log-probabilities"
@@ -262,6 +262,8 @@ def _passes(stage: Stage) -> Iterator[str]:
             yield "values"
         if trained and "gram" in needs:
             yield "gradients of each reward"
+        if objective.wants_logp and trained > 1:
+            yield "log-probabilities before each optimizer step but the first"
     if trained:
         yield "update" if trained == 1 else f"update ({trained} optimizer steps)"
     if isinstance(stage, RolloutStage) and isinstance(critic := stage.values, ModelCritic):

@@ -17,13 +17,20 @@ from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.credit import credit
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import fresh
+from alignment.algorithms.tokens import masked_mean
 from alignment.errors import UserError
 from alignment.flight import Flight, Update, load_flight
 from alignment.recipe import OnlineStage, Recipe, load
 from alignment.runs import Run, resolve
-from alignment.types import Batch, masked_mean
+from alignment.types import Batch
 
-ANNOTATED = {"old_logp": "old_logp_BT", "reference": "ref_logp_BT", "entropy": "entropy_BT", "values": "values_BT"}
+ANNOTATED = {
+    "old_logp": "old_logp_BT",
+    "reference": "ref_logp_BT",
+    "entropy": "entropy_BT",
+    "entropy_drift": "entropy_drift_BT",
+    "values": "values_BT",
+}
 _CREDITED = ("reward_B", "token_reward_BT", "adv_BT", "returns_BT", "weight_BT", "scale_BT")
 
 
@@ -155,8 +162,11 @@ def _lacking(flight: Flight, need: str) -> str:
 
 def _update(batch: Batch, objective: Objective, update: Update, pull_BT: Tensor) -> list[dict[str, float]]:
     """The sums of each call of one update, on the rows and in the order recorded; adds to ``pull_BT``."""
-    minibatch = objective.prepare(batch.rows(update.rows))
     place = {row: i for i, row in enumerate(update.rows.tolist())}
+    minibatch = batch.rows(update.rows)
+    if objective.wants_logp:
+        minibatch = replace(minibatch, logp_BT=_logp_before(minibatch, update, place))
+    minibatch = objective.prepare(minibatch)
     found = []
     for call in update.calls:
         micro = minibatch.rows([place[row] for row in call.rows.tolist()])
@@ -168,6 +178,18 @@ def _update(batch: Batch, objective: Objective, update: Update, pull_BT: Tensor)
         (gradient_BT,) = torch.autograd.grad(loss, logp_BT)
         pull_BT[call.rows, :width] += gradient_BT
     return found
+
+
+def _logp_before(minibatch: Batch, update: Update, place: Mapping[int, int]) -> Tensor:
+    """Log-probabilities of the policy before the update's step: as recorded, or the numbers of the update itself."""
+    if update.logp_BT is not None:
+        return update.logp_BT
+    logp_BT = torch.zeros(minibatch.ids_BT.shape)
+    for call in update.calls:
+        rows = [place[row] for row in call.rows.tolist()]
+        width = min(logp_BT.shape[1], call.logp_BT.shape[1])
+        logp_BT[rows, :width] = call.logp_BT[:, :width]
+    return logp_BT
 
 
 def _finish(objective: Objective, updates: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ B      rows; one row is one sequence (prompt, completion and any observations)
 T      token positions of a row, prompt included, right-padded
 K      reward components (objectives), in the order the recipe lists them
 V      vocabulary
+C, S   entropy controls, in the recipe's order; numbers per token that a policy loss keeps of a whole mini-batch
 ====== =====================================================================
 
 Position ``t`` of a ``[B, T]`` tensor speaks of the *token* at ``t``: ``logp_BT[b, t]`` is the log-probability of
@@ -197,10 +198,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The tensors of one update. The suffix of a field's name is its shape; None means absent.
-
-    ``algorithms`` fill in what comes after the record itself: :func:`dataclasses.replace` makes the next batch.
-    """
+    """The tensors of one update; ``algorithms`` fill in those after the record itself. None means absent."""
 
     ids_BT: Tensor
     """int64, right-padded."""
@@ -232,6 +230,7 @@ class Batch:
     old_logp_BT: Tensor | None = None
     ref_logp_BT: Tensor | None = None
     entropy_BT: Tensor | None = None
+    entropy_drift_BT: Tensor | None = None  # float32: sum_v p_v^2 (log p_v + H) over the vocabulary
     values_BT: Tensor | None = None
     """float32 ``[B, T]``, or ``[B, T, K]`` for a critic of several streams: of the state *after* token ``t``."""
     # Filled in by credit assignment.
@@ -242,13 +241,17 @@ class Batch:
     returns_BT: Tensor | None = None
     """Targets for ``values_BT``, of its shape; NaN where a state has none."""
     weight_BT: Tensor | None = None
-    """float32: multiplies the policy loss; None is 1."""
+    control_weight_BT: Tensor | None = None
+    """float32: the mixer's weight, and, set per mini-batch, the entropy controls'; both multiply the policy loss."""
+    logp_BT: Tensor | None = None  # float32: of the policy before this mini-batch's step, where somebody needs it
+    marks_BTC: Tensor | None = None
+    loss_stats_BTS: Tensor | None = None
+    """float32, set per mini-batch: what each entropy control keeps for its penalty, and the policy loss for itself."""
     scale_BT: Tensor | None = None
     """float32: set per mini-batch by the aggregation; the loss is ``sum(scale_BT * loss_BT)``."""
     nll_scale_BT: Tensor | None = None
-    """float32: as ``scale_BT``, of the negative log-likelihood of correct rollouts."""
     value_scale_BT: Tensor | None = None
-    """float32: as ``scale_BT``, of the value loss."""
+    """float32: as ``scale_BT``, of the negative log-likelihood of correct rollouts and of the value loss."""
     objectives: tuple[str, ...] = ()
     """Names of the K components."""
     step: int = 0
@@ -345,8 +348,3 @@ class TrainState:
     def next_step(self) -> "TrainState":
         """The state with one more step done."""
         return replace(self, step=self.step + 1, stage_step=self.stage_step + 1)
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask``; 0 where nothing is selected."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)

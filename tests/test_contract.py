@@ -14,7 +14,6 @@ from torch import Tensor
 
 from alignment.algorithms.advantages import DrGrpo, Gae
 from alignment.algorithms.algorithm import Algorithm
-from alignment.algorithms.entropy_controls import entropy_controls
 from alignment.algorithms.mixers import mixers
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.policy_losses import Reinforce
@@ -140,53 +139,7 @@ def test_a_batch_of_demonstrations_has_the_gradient_of_their_likelihood():
     assert torch.allclose(logits.grad, torch.tensor([[0.5, -0.7, 0.2]]), atol=1e-6)
 
 
-# 4. A weight per mini-batch: STEER (arXiv 2510.10150)
-
-
-@entropy_controls.register("test_steer", source=SOURCE)
-@dataclass(frozen=True)
-class Steer:
-    """Weighs down the tokens whose update would change the entropy most; the scale is the mini-batch's maximum."""
-
-    needs: ClassVar[tuple[str, ...]] = ("old_logp", "entropy")
-    lambda_min: float = 0.8
-    floor: float = 0.02
-
-    def prepare(self, state: Any, minibatch: Batch) -> Tensor:
-        assert minibatch.old_logp_BT is not None and minibatch.entropy_BT is not None and minibatch.adv_BT is not None
-        p_BT = minibatch.old_logp_BT.exp().clamp(1e-8, 1 - 1e-8)
-        return self.weights(minibatch.adv_BT, p_BT, p_BT, minibatch.entropy_BT, minibatch.loss_mask_BT)
-
-    def weights(self, adv_BT: Tensor, p_BT: Tensor, old_p_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        omega_BT = (adv_BT / old_p_BT * p_BT * (1 - p_BT) * (p_BT.log() + entropy_BT)).abs() * mask_BT
-        k = -math.log(self.lambda_min) / max(float(omega_BT.max()), self.floor)
-        return (-k * omega_BT).exp().clamp(self.lambda_min, 1.0)
-
-    def penalty(self, state: Any, entropy_BT: Tensor) -> None:
-        return None
-
-
-def test_steer_like_weights_are_taken_over_the_whole_mini_batch(tmp_path):
-    weights: list[list[float]] = []
-    for tokens in (4096, 16):
-        chosen = stage(
-            learner=TorchLearnerConfig(lr=1e-3, micro_batch_tokens=tokens),
-            algorithm=Algorithm(advantage=DrGrpo(), entropy_controls=(Steer(),), epochs=2, minibatches=2),
-        )
-        with online_job(tiny(tmp_path), chosen) as job:
-            train_online(job, chosen, job.state)
-            weights.append([float(p.detach().double().sum()) for p in job.engines.learner.module.parameters()])
-    assert weights[0] == pytest.approx(weights[1], rel=1e-5, abs=1e-6)
-
-
-def test_steer_golden_numbers():
-    rows = torch.tensor([[1, 0.9, 0.9, 0.5], [1, 0.1, 0.1, 2], [-1, 0.5, 0.5, math.log(2)], [0.5, 0.2, 0.25, 1]])
-    adv, p, old, entropy = rows.T[:, None]
-    found = Steer().weights(adv, p, old, entropy, torch.ones(1, 4, dtype=torch.bool))
-    assert found[0].tolist() == pytest.approx([0.968181, 0.8, 1.0, 0.852315], abs=1e-6)
-
-
-# 6. A critic with several epochs and mini-batches: Proximal Policy Optimization (arXiv 1707.06347)
+# 4. A critic with several epochs and mini-batches: Proximal Policy Optimization (arXiv 1707.06347)
 
 
 @pytest.mark.parametrize("tokens", [4096, 16])

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from alignment.jsonl import to_json
-from alignment.metrics import Phases, Record, Sink, Sinks, StageResult, build_result, summarise
+from alignment.metrics import Phases, Record, Sink, Sinks, StageResult, build_result, entropy_change, summarise
 from alignment.trackers import JsonlSink
 from alignment.types import FinishReason, Group, Prompt, Rollout, SamplingParams, Score
 
@@ -287,3 +287,12 @@ def test_the_result_holds_what_programs_ask_for(tmp_path):
         }
     ]
     assert result["folder"] == str(tmp_path)
+
+
+def test_the_change_of_the_entropy_is_that_to_the_next_batch_beside_what_was_predicted():
+    first, counters = entropy_change({"verdicts/rl": 3.0}, "rl", {"entropy": 2.0, "entropy_predicted": -0.1})
+    assert first == {} and counters["verdicts/rl"] == 3.0
+    found, counters = entropy_change(counters, "rl", {"entropy": 1.5, "entropy_predicted": 0.3})
+    assert found == {"entropy_change": -0.5, "entropy_change_predicted": -0.1}
+    assert entropy_change(counters, "rl", {"loss": 1.0}) == ({}, counters), "an update of a critic alone"
+    assert entropy_change(counters, "later", {"entropy": 9.0, "entropy_predicted": 0.0})[0] == {}

@@ -53,6 +53,7 @@ ALGORITHMS = [
     "{}",
     "{epochs: 2, minibatches: 2, policy_loss: {name: clip, clip_high: 0.28}}",
     "{advantage: rloo, kl: {name: k3, coefficient: 0.05}, entropy_controls: [bonus]}",
+    "{epochs: 2, minibatches: 2, policy_loss: grpo_guard, entropy_controls: [{name: steer, omega: exact}, kl_cov]}",
     "{policy_loss: gspo, aggregation: sequence_mean, kl: {name: k1, coefficient: 0.1, apply_to: reward}}",
 ]
 
@@ -125,6 +126,19 @@ def test_the_policy_before_a_single_update_is_known_from_the_update_itself(recor
     result = replay(folder, 7, ["stages.0.algorithm.kl={name: k1, coefficient: 0.1, apply_to: reward}"])
     assert result.batch.token_reward_BT is not None
     assert result.batch.token_reward_BT.shape == result.batch.ids_BT.shape
+
+
+def test_the_policy_before_each_step_is_known_from_the_updates(recorded_run):
+    """STEER tried on a run that did not have it: what it would have been told on the same steps, up to rounding."""
+    steer, found = "stages.0.algorithm.entropy_controls=[{name: steer, lambda_min: 0.1}]", []
+    for idle, recorded in (("{name: steer, lambda_min: 1.0}", True), ("{name: high_entropy, share: 1.0}", False)):
+        folder, _ = recorded_run(f"{{epochs: 2, entropy_controls: [{idle}]}}")
+        assert all((u.logp_BT is not None) == recorded for u in load_flight(folder / "flight", 7).updates)
+        found.append(replay(folder, 7, [steer]).recomputed)
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
+    assert found[0]["control_weight"] < 0.99
+    with pytest.raises(UserError, match="without 'entropy_drift'"):
+        replay(folder, 7, ["stages.0.algorithm.entropy_controls=[{name: steer, omega: exact}]"])
 
 
 def test_a_component_keeps_its_recorded_state_and_one_of_another_kind_starts_afresh(recorded_run):

@@ -37,7 +37,7 @@ STATEFUL = {
             ],
             "algorithm": {
                 "kl": {"name": "k1", "coefficient": 0.1, "apply_to": "reward", "target": 0.01},
-                "entropy_controls": [{"name": "bonus", "coefficient": 0.01}],
+                "entropy_controls": [{"name": "adaptive_bonus", "target": 2.0, "delta": 0.01}, "steer"],
                 "epochs": 2,
                 "minibatches": 2,
             },
@@ -103,6 +103,9 @@ def test_a_run_writes_what_it_promises(tmp_path):
     assert result["eval"]["after"]["n"] == 6 and len(result["eval"]["after"]["interval"]) == 2
     trained = [line for line in lines(str(run)) if line["kind"] == "train"]
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6, 7]
+    change = trained[-1]["entropy"] - trained[-2]["entropy"]
+    assert trained[-1]["entropy_change"] == pytest.approx(change) and "entropy_change" not in trained[0]
+    assert trained[-1]["entropy_change_predicted"] == trained[-2]["entropy_predicted"]
     assert {"reward", "accuracy", "entropy", "length", "mismatch_kl", "grad_norm", "lr"} <= trained[-1].keys()
     assert abs(trained[-1]["mismatch_kl"]) < 1e-6, "sampler and learner agree on log-probabilities"
     phases = {k for k in sink.records[-1].metrics if k.startswith("time/")}
@@ -322,7 +325,7 @@ def test_ctrl_c_in_a_shell_exits_130_and_a_killed_run_goes_on(tmp_path):
 MATRIX: list[dict[str, Any]] = [
     *({"advantage": a} for a in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo")),
     {"advantage": "gae"},
-    *({"policy_loss": p, "epochs": 2} for p in ("reinforce", "clip", "gspo", "cispo")),
+    *({"policy_loss": p, "epochs": 2} for p in ("reinforce", "clip", "gspo", "cispo", "grpo_guard")),
     {"aggregation": "sequence_mean"},
     {"aggregation": "sequence_sum"},
     {"aggregation": {"name": "constant", "length": 4}},
@@ -332,7 +335,9 @@ MATRIX: list[dict[str, Any]] = [
     *({"weighting": w} for w in ("hypervolume", "gradient", "recap", "normalise_then_sum")),
     {"weighting": {"name": "lagrangian", "thresholds": {"exact_match": 0.5}}},
     {"weighting": {"name": "ensemble", "members": ["format", "exact_match"]}},
-    {"entropy_controls": ["bonus"]},
+    {"entropy_controls": ["bonus", "adaptive_bonus"]},
+    {"entropy_controls": [{"name": "steer", "omega": "exact"}, "high_entropy"], "epochs": 2},
+    {"entropy_controls": ["clip_cov", "kl_cov"], "policy_loss": "reinforce", "epochs": 2},
 ]
 
 

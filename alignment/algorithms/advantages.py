@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms.groups import above_baseline, group_sum
+from alignment.algorithms.tokens import masked_mean
 from alignment.algorithms.values import Returns, Truncation, adaptive_lambda, generalised
 from alignment.registry import Registry, option
-from alignment.types import SOURCES, Batch, masked_mean
+from alignment.types import SOURCES, Batch
 
 
 @runtime_checkable

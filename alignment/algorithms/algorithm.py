@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from alignment.algorithms import (  # noqa: F401 - they register weightings
+from alignment.algorithms import (  # noqa: F401 - they register components
+    covariance,
     ensembles,
     gradient_weights,
+    grpo_guard,
     hypervolume,
     lagrangian,
     normalised_sum,
     recap,
+    steer,
 )
 from alignment.algorithms.advantages import Advantage, Grpo, advantages
 from alignment.algorithms.aggregations import Aggregation, TokenMean, aggregations
@@ -19,7 +22,7 @@ from alignment.algorithms.entropy_controls import entropy_controls as controls
 from alignment.algorithms.kl_penalties import KLPenalty, kl_penalties
 from alignment.algorithms.mixers import Mixer, NoMix, mixers
 from alignment.algorithms.policy_losses import Clip, PolicyLoss, policy_losses
-from alignment.algorithms.state import needs_of
+from alignment.algorithms.state import annotations
 from alignment.algorithms.weightings import Fixed, Weighting, weightings
 from alignment.errors import UserError
 from alignment.registry import component, option
@@ -66,4 +69,4 @@ class Algorithm:
     @property
     def needs(self) -> frozenset[str]:
         """What its components ask to have computed; the number of updates per batch may add ``old_logp``."""
-        return frozenset(need for c in self.components().values() for need in needs_of(c))
+        return annotations(self.components().values())

@@ -6,7 +6,7 @@ whatever they hold.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -17,10 +17,11 @@ from alignment.algorithms.aggregations import Aggregation, TokenMean
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.corrections import Correction
 from alignment.algorithms.demonstrations import is_demonstration, is_imitated
-from alignment.algorithms.entropy_controls import EntropyControl
+from alignment.algorithms.entropy_controls import EntropyControl, PenaltyView
 from alignment.algorithms.kl_penalties import KLPenalty, k3_estimate
 from alignment.algorithms.policy_losses import PolicyLoss, Reinforce, log_ratio
-from alignment.algorithms.state import needs_of
+from alignment.algorithms.state import annotations, needs_of
+from alignment.algorithms.steer import own_change
 from alignment.types import RATIO_BASES, SOURCES, Batch
 
 
@@ -28,12 +29,12 @@ from alignment.types import RATIO_BASES, SOURCES, Batch
 class Objective:
     """``sum_{i,t} scale (weight w loss + c_kl kl + sum penalties) + c_nll nll`` over trained tokens.
 
-    ``weight`` comes from mixers and entropy controls and ``w`` from the correction; both multiply the policy loss
-    alone. ``scale`` is the aggregation's, of imitated rows apart: the loss is that of the rollouts plus that of the
-    demonstrations, each a mean of its own. ``w`` and ``kl``, which presume tokens drawn from the policy, leave
-    demonstrations out. ``nll`` is the mean negative log-likelihood of the tokens of rollouts that are correct by
-    the first reward component (a value of at least 1): positive-example language modelling of VAPO (arXiv
-    2504.05118).
+    ``weight`` is the product of the mixer's and all entropy controls', and ``w`` is the correction's; both multiply
+    the policy loss alone, after its clip. ``scale`` is the aggregation's, of imitated rows apart: the loss is that of
+    the rollouts plus that of the demonstrations, each a mean of its own. ``w`` and ``kl``, which presume tokens drawn
+    from the policy, leave demonstrations out. ``nll`` is the mean negative log-likelihood of the tokens of rollouts
+    that are correct by the first reward component (a value of at least 1): positive-example language modelling of
+    VAPO (arXiv 2504.05118).
     """
 
     policy_loss: PolicyLoss
@@ -90,27 +91,41 @@ class Objective:
         """
         controls = [control for control, _ in self.entropy_controls]
         parts = [self.policy_loss, self.aggregation, self.kl, self.correction, *controls]
-        asked = {need for part in parts for need in needs_of(part)}
-        return frozenset(asked | {"old_logp"} if self.epochs * self.minibatches > 1 or staleness > 0 else asked)
+        asked = annotations(parts)
+        return asked | {"old_logp"} if self.epochs * self.minibatches > 1 or staleness > 0 else asked
 
     @property
     def wants_entropy_grad(self) -> bool:
         """Whether :meth:`loss` must be given entropies that carry a gradient."""
-        return any(getattr(control, "penalises", False) for control, _ in self.entropy_controls)
+        return any(getattr(control, "entropy_gradient", False) for control, _ in self.entropy_controls)
+
+    @property
+    def wants_logp(self) -> bool:
+        """Whether :meth:`prepare` must be given ``logp_BT`` of the policy before the mini-batch's step.
+
+        Before the first step of a batch that is ``old_logp_BT``, which is taken where ``logp_BT`` is absent.
+        """
+        return any("logp" in needs_of(part) for part in (self.policy_loss, *(c for c, _ in self.entropy_controls)))
 
     @torch.no_grad()
     def prepare(self, minibatch: Batch) -> Batch:
-        """``minibatch`` with ``scale_BT`` and ``weight_BT``, which need all of it, and 0 outside the loss mask."""
+        """``minibatch`` with what needs all of it, and 0 outside the loss mask.
+
+        ``scale_BT``, ``nll_scale_BT``; ``control_weight_BT`` and ``marks_BTC`` of entropy controls; ``loss_stats_BTS``.
+        """
         if self.imitate:
             minibatch = _imitation(minibatch)
+        if self.wants_logp and minibatch.logp_BT is None:
+            minibatch = replace(minibatch, logp_BT=minibatch.old_logp_BT)
         minibatch = _masked(minibatch)
-        weight_BT = minibatch.weight_BT
-        for control, state in self.entropy_controls:
-            extra_BT = control.prepare(state, minibatch)
-            if extra_BT is not None:
-                weight_BT = extra_BT if weight_BT is None else weight_BT * extra_BT
+        set_aside = getattr(self.policy_loss, "prepare", None)
         return replace(
-            minibatch, scale_BT=self._scale(minibatch), weight_BT=weight_BT, nll_scale_BT=self._nll_scale(minibatch)
+            minibatch,
+            scale_BT=self._scale(minibatch),
+            nll_scale_BT=self._nll_scale(minibatch),
+            control_weight_BT=self._control_weight(minibatch),
+            marks_BTC=self._marks(minibatch),
+            loss_stats_BTS=None if set_aside is None else set_aside(minibatch),
         )
 
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,13 +146,11 @@ class Objective:
         logp_BT = torch.where(mask_BT, logp_BT, 0.0)
         sampled_BT = mask_BT & ~is_demonstration(micro)[:, None]
         metrics: dict[str, Tensor] = {"ratio": log_ratio(logp_BT.detach(), micro).exp()}
-        loss_BT, policy_metrics = self.policy_loss(logp_BT, micro)
-        metrics |= policy_metrics
-        if micro.weight_BT is not None:
-            loss_BT = micro.weight_BT * loss_BT
+        policy_BT, policy_metrics = self.policy_loss(logp_BT, micro)
         correction_BT, sampled_metrics = self._mismatch(logp_BT.detach(), micro, sampled_BT)
-        if correction_BT is not None:
-            loss_BT = correction_BT * loss_BT
+        weights = [w for w in (micro.weight_BT, micro.control_weight_BT, correction_BT) if w is not None]
+        loss_BT = _product(policy_BT, weights)
+        metrics |= policy_metrics | _control_metrics(micro)
         if micro.ref_logp_BT is not None:
             sampled_metrics["kl"] = k3_estimate(logp_BT.detach(), micro.ref_logp_BT)
         if self.kl_coefficient:
@@ -146,29 +159,35 @@ class Objective:
             loss_BT = loss_BT + self.kl_coefficient * kl_BT
         if entropy_BT is not None:
             entropy_BT = torch.where(mask_BT, entropy_BT, 0.0)
-            metrics["entropy"] = entropy_BT
-            loss_BT = loss_BT + self._penalties(entropy_BT)
+            pull_BT = _product(self._pull(logp_BT, micro), weights)
+            metrics |= {"entropy": entropy_BT, "entropy_predicted": pull_BT * own_change(logp_BT, entropy_BT).detach()}
         else:
             assert not self.wants_entropy_grad, "an entropy control's penalty needs entropies"
+        penalty_BT = self._penalties(logp_BT, entropy_BT, micro)
+        if penalty_BT is not None:
+            metrics["entropy_penalty"] = penalty_BT
+            loss_BT = loss_BT + penalty_BT
         loss = (scale_BT * torch.where(mask_BT, loss_BT, 0.0)).sum()
         if micro.nll_scale_BT is not None:
             loss = loss - self.positive_nll * (micro.nll_scale_BT * logp_BT).sum()
         counts = {"loss": loss.detach(), "tokens": mask_BT.sum(), "sampled_tokens": sampled_BT.sum()}
-        return loss, counts | _sums(metrics, mask_BT) | _sums(sampled_metrics, sampled_BT)
+        sums = counts | _sums(metrics, mask_BT) | _sums(sampled_metrics, sampled_BT)
+        return loss, sums if entropy_BT is None else sums | _sums_by_sign(entropy_BT.detach(), micro)
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Metrics of a mini-batch from the combined sums of its parts.
 
         Means per token: per sampled token for ``kl``, ``mismatch_*`` and ``correction_*`` (left out where there is
-        none), per trained token for the others. ``loss`` and token counts are totals, ``*_max`` maxima.
+        none), per token of positive or negative advantage for ``entropy_positive`` and ``entropy_negative``, per
+        trained token for the others. ``loss`` and token counts are totals, ``*_max`` maxima.
         """
         totals = {name: float(value) for name, value in sums.items()}
         plain = ("loss", "tokens", "sampled_tokens")
         metrics = {name: totals[name] for name in plain}
         for name, total in totals.items():
             of_sampled = name == "kl" or name.startswith(("mismatch_", "correction_"))
-            count = totals["sampled_tokens"] if of_sampled else totals["tokens"]
-            if name not in plain and count > 0:
+            count = totals.get(f"{name}_tokens", totals["sampled_tokens"] if of_sampled else totals["tokens"])
+            if name not in plain and not name.endswith("_tokens") and count > 0:
                 metrics[name] = total if name.endswith("_max") else total / count
         return metrics
 
@@ -199,15 +218,40 @@ class Objective:
         metrics |= {f"correction_{name}": value_BT for name, value_BT in of_correction.items()}
         return torch.where(sampled_BT, weight_BT.detach(), 1.0), metrics
 
-    def _penalties(self, entropy_BT: Tensor) -> Tensor:
-        total_BT = torch.zeros_like(entropy_BT)
-        for control, state in self.entropy_controls:
-            penalty_BT = control.penalty(state, entropy_BT)
+    def _control_weight(self, minibatch: Batch) -> Tensor | None:
+        """The product of the entropy controls' weights."""
+        made = [control.prepare(state, minibatch) for control, state in self.entropy_controls]
+        weights = [torch.where(minibatch.loss_mask_BT, weight_BT, 0.0) for weight_BT in made if weight_BT is not None]
+        return _product(weights[0], weights[1:]) if weights else None
+
+    def _marks(self, minibatch: Batch) -> Tensor | None:
+        """What each control sets aside, in their order."""
+        none_BT = torch.zeros(minibatch.loss_mask_BT.shape, device=minibatch.ids_BT.device)
+        made = [
+            control.mark(state, minibatch) if hasattr(control, "mark") else none_BT  # pyright: ignore[reportAttributeAccessIssue]
+            for control, state in self.entropy_controls
+        ]
+        if all(mark_BT is none_BT for mark_BT in made):
+            return None
+        return torch.where(minibatch.loss_mask_BT[..., None], torch.stack(made, -1), 0.0)
+
+    def _pull(self, logp_BT: Tensor, micro: Batch) -> Tensor:
+        """How hard the policy loss alone pulls each log-probability up: minus its derivative."""
+        with torch.enable_grad():
+            leaf_BT = logp_BT.detach().requires_grad_()
+            return -torch.autograd.grad(self.policy_loss(leaf_BT, micro)[0].sum(), leaf_BT)[0]
+
+    def _penalties(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> Tensor | None:
+        old_BT = logp_BT.detach() if micro.old_logp_BT is None else micro.old_logp_BT
+        penalties = []
+        for i, (control, state) in enumerate(self.entropy_controls):
+            with_entropy = getattr(control, "entropy_gradient", False)
+            mark_BT = None if micro.marks_BTC is None or not hasattr(control, "mark") else micro.marks_BTC[..., i]
+            view = PenaltyView(logp_BT, old_BT, entropy_BT if with_entropy else None, mark_BT)
+            penalty_BT = control.penalty(state, view)
             if penalty_BT is not None:
-                name = type(control).__name__
-                assert getattr(control, "penalises", False), f"{name} gives a penalty, so its 'penalises' must be True"
-                total_BT = total_BT + penalty_BT
-        return total_BT
+                penalties.append(penalty_BT)
+        return torch.stack(penalties).sum(0) if penalties else None
 
 
 def combine(sums: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,6 +280,27 @@ def _masked(batch: Batch) -> Batch:
         for name, value in tensors.items()
     }
     return replace(batch, **clean)
+
+
+def _product(first: Tensor, others: Sequence[Tensor]) -> Tensor:
+    for other in others:
+        first = other * first
+    return first
+
+
+def _control_metrics(micro: Batch) -> dict[str, Tensor]:
+    """``control_weight``, the mean over trained tokens, and ``control_dropped``, the share whose weight is 0."""
+    weight_BT = micro.control_weight_BT
+    return {} if weight_BT is None else {"control_weight": weight_BT, "control_dropped": (weight_BT == 0).float()}
+
+
+def _sums_by_sign(entropy_BT: Tensor, micro: Batch) -> dict[str, Tensor]:
+    """Sums of entropies, and counts, over the tokens of positive and of negative advantage."""
+    assert micro.adv_BT is not None
+    sums: dict[str, Tensor] = {}
+    for name, of_BT in (("entropy_positive", micro.adv_BT > 0), ("entropy_negative", micro.adv_BT < 0)):
+        sums |= {name: (entropy_BT * of_BT).sum(), f"{name}_tokens": (of_BT & micro.loss_mask_BT).sum()}
+    return sums
 
 
 def _sums(metrics: Mapping[str, Tensor], mask_BT: Tensor) -> dict[str, Tensor]:

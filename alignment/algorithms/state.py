@@ -1,6 +1,6 @@
 """What components declare and remember. State is explicit: JSON values by the component's place in the recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alignment.types import Signals
@@ -12,9 +12,18 @@ evaluations are made during the stage; ``demonstrations``, that the data has som
 
 
 def needs_of(component: object) -> tuple[str, ...]:
-    """What ``component`` asks to have computed: ``reference``, ``old_logp``, ``entropy``, ``values``, ``role:NAME``,
-    and :data:`MEASURED`."""
+    """What ``component`` asks to have computed.
+
+    ``reference``, ``old_logp``, ``entropy``, ``entropy_drift``, ``values``, ``role:NAME``; ``logp`` of the policy
+    before each mini-batch's step; and :data:`MEASURED`.
+    """
     return tuple(getattr(component, "needs", ()))
+
+
+def annotations(components: Iterable[object]) -> frozenset[str]:
+    """What ``components`` need annotated before an update: before its first step, ``logp`` is ``old_logp``."""
+    asked = frozenset(need for component in components for need in needs_of(component))
+    return asked - {"logp"} | {"old_logp"} if "logp" in asked else asked
 
 
 def fresh(components: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class ChunkedHead(torch.autograd.Function):
         temperature_N: Logits are divided by it.
         chunk: Most tokens whose logits exist at once.
         dtype: Of matrix products and of stored logits. The softmax is in float32, or float64 where that is given.
-        entropy: ``"none"`` (None comes back in its place), ``"value"`` (without a gradient) or ``"gradient"``.
+        entropy: ``"none"`` (None comes back in its place), ``"value"`` (without a gradient), ``"gradient"``, or
+            ``"drift"``: without one, and ``[N, 2]``, with ``sum_v p_v^2 (log p_v + H)`` beside it.
     """
 
     @staticmethod
@@ -57,7 +58,9 @@ class ChunkedHead(torch.autograd.Function):
         wide = torch.promote_types(torch.float32, dtype)
         temperature_N = temperature_N.to(wide)
         logp_N = hidden_NH.new_empty(len(token_N), dtype=wide)
-        normaliser_N, entropy_N = torch.empty_like(logp_N), None if entropy == "none" else torch.empty_like(logp_N)
+        normaliser_N, entropy_N = torch.empty_like(logp_N), None
+        if entropy != "none":
+            entropy_N = logp_N.new_empty(*logp_N.shape, *([2] if entropy == "drift" else []))
         d_hidden_NH = torch.empty_like(hidden_NH) if at_once else None
         weight, logits_nV = weight_VH.detach().to(dtype), hidden_NH.new_empty(0, dtype=dtype)
         with torch.autocast(hidden_NH.device.type, enabled=False):
@@ -67,7 +70,7 @@ class ChunkedHead(torch.autograd.Function):
                     rows = slice(part.start + block.start, part.start + block.stop)
                     token_n, temperature_n = token_N[rows], temperature_N[rows]
                     logp_N[rows], normaliser_N[rows], entropy_n = _normalise(
-                        logits_nV[block], scratch_2nV, token_n, temperature_n, entropy != "none"
+                        logits_nV[block], scratch_2nV, token_n, temperature_n, entropy
                     )
                     if entropy_N is not None and entropy_n is not None:
                         entropy_N[rows] = entropy_n
@@ -78,7 +81,7 @@ class ChunkedHead(torch.autograd.Function):
                     d_hidden_NH[part] = logits_nV @ weight
         ctx.save_for_backward(hidden_NH, weight_VH, token_N, temperature_N, normaliser_N, entropy_N, d_hidden_NH)
         ctx.chunk, ctx.dtype = chunk, dtype
-        if entropy_N is not None and entropy == "value":
+        if entropy_N is not None and entropy != "gradient":
             ctx.mark_non_differentiable(entropy_N)
         ctx.set_materialize_grads(False)
         return logp_N, entropy_N
@@ -142,9 +145,9 @@ def _add_product(sum_VH: Tensor, d_logits_nV: Tensor, hidden_nH: Tensor) -> None
 
 
 def _normalise(
-    logits_nV: Tensor, scratch_2nV: Tensor, token_n: Tensor, temperature_n: Tensor, entropy: bool
+    logits_nV: Tensor, scratch_2nV: Tensor, token_n: Tensor, temperature_n: Tensor, entropy: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``logp_n``, ``logsumexp(l)`` and the entropy; ``logits_nV`` stay as they are."""
+    """``logp_n``, ``logsumexp(l)`` and what is asked of the entropy; ``logits_nV`` stay as they are."""
     shifted_nV, exp_nV = scratch_2nV
     torch.div(logits_nV, temperature_n[:, None], out=shifted_nV)
     largest_n = shifted_nV.amax(-1)
@@ -153,7 +156,11 @@ def _normalise(
     sum_n = exp_nV.sum(-1)
     log_sum_n = sum_n.log()
     logp_n = shifted_nV.gather(-1, token_n[:, None])[:, 0] - log_sum_n
-    entropy_n = log_sum_n - exp_nV.mul_(shifted_nV).sum(-1) / sum_n if entropy else None
+    entropy_n = None if entropy == "none" else log_sum_n - exp_nV.mul_(shifted_nV).sum(-1) / sum_n
+    if entropy_n is not None and entropy == "drift":
+        p_nV = torch.exp(shifted_nV, out=exp_nV).div_(sum_n[:, None])
+        drift_n = p_nV.square_().mul_(shifted_nV.add_((entropy_n - log_sum_n)[:, None])).sum(-1)
+        entropy_n = torch.stack([entropy_n, drift_n], -1)
     return logp_n, largest_n + log_sum_n, entropy_n
 
 

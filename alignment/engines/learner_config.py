@@ -36,7 +36,10 @@ class Learner(Protocol):
         ...
 
     def annotate(self, batch: Batch, needs: Any) -> Batch:
-        """The batch with what ``needs`` names (old_logp, entropy, reference, values, role:NAME) filled in."""
+        """The batch with what ``needs`` names filled in.
+
+        ``old_logp``, ``logp``, ``entropy``, ``entropy_drift``, ``reference``, ``values``, ``role:NAME``.
+        """
         ...
 
     def update(self, batch: Batch, objective: Any, slot: str = "rl") -> dict[str, float]:

@@ -23,7 +23,7 @@ from alignment.engines.chunked_head import ChunkedHead
 from alignment.types import Batch
 
 log = logging.getLogger(__name__)
-Entropy = Literal["none", "value", "gradient"]
+Entropy = Literal["none", "value", "gradient", "drift"]
 MOST_CHUNK_TOKENS = 2048
 """Matrix products of more tokens at once are no quicker, and smaller chunks stay in a processor's caches."""
 
@@ -85,7 +85,8 @@ class LogProbs:
 
         Args:
             batch: On the model's device.
-            entropy: ``"value"`` computes it without a gradient, ``"gradient"`` with one.
+            entropy: ``"value"`` computes it without a gradient, ``"gradient"`` with one; ``"drift"`` without one, and
+                beside it ``sum_v p_v^2 (log p_v + H)``: in its place is ``[B, T, 2]``.
             values: What the value head puts out for the state after each token comes third, from the same pass.
         """
         row_N, previous_N = batch.loss_mask_BT[:, 1:].nonzero(as_tuple=True)
@@ -111,7 +112,8 @@ class LogProbs:
         logp_BT, entropy_BT = empty_BT.index_put((row_N, previous_N + 1), logp_N), None
         if entropy != "none":
             entropy_N = torch.cat([e for _, e in parts if e is not None])
-            entropy_BT = empty_BT.index_put((row_N, previous_N + 1), entropy_N)
+            empty = empty_BT.new_zeros(*empty_BT.shape, *entropy_N.shape[1:])
+            entropy_BT = empty.index_put((row_N, previous_N + 1), entropy_N)
         return (logp_BT, entropy_BT, output) if values else (logp_BT, entropy_BT)
 
     @property
@@ -163,7 +165,11 @@ def _score(logits_NV: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: E
         return logp_N, None
     with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
         probability_NV = (logits_NV - normaliser_N[:, None]).exp()
-        return logp_N, normaliser_N - (probability_NV * logits_NV).sum(-1)
+        entropy_N = normaliser_N - (probability_NV * logits_NV).sum(-1)
+        if entropy != "drift":
+            return logp_N, entropy_N
+        shifted_NV = logits_NV - (normaliser_N - entropy_N)[:, None]
+        return logp_N, torch.stack([entropy_N, (probability_NV.square() * shifted_NV).sum(-1)], -1)
 
 
 def _why_not_split(module: nn.Module, body: nn.Module, head: nn.Module | None) -> str | None:

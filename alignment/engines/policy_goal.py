@@ -1,15 +1,33 @@
 """What an update of the policy minimises: its objective, and the loss of a critic that shares the forward pass."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from alignment.engines.backend import Backend
+from alignment.engines.logprobs import Entropy
+from alignment.engines.optimizer import StepCounts
 from alignment.engines.roles import Goal
 from alignment.engines.value_roles import HeadRole, nothing_of
 from alignment.types import Batch
+
+PASS_NEEDS = {"old_logp", "logp", "entropy", "entropy_drift"}
+"""What one pass of the policy gives. ``old_logp`` is of a batch before its update, ``logp`` of a mini-batch before its
+step; of a batch that has had no step they are the same."""
+
+
+def fields_of_pass(backend: Backend, micro: Batch, needs: Collection[str]) -> tuple[dict[str, Tensor], list[Any]]:
+    """The batch's fields for :data:`PASS_NEEDS` from one pass, and with ``values`` what the value head puts out."""
+    entropy: Entropy = "drift" if "entropy_drift" in needs else "value" if "entropy" in needs else "none"
+    logp_BT, entropy_BT, *output = backend.forward(micro, entropy, "values" in needs)
+    found = {"old_logp_BT": logp_BT, "logp_BT": logp_BT}
+    if entropy == "drift":
+        found |= {"entropy_BT": entropy_BT[..., 0], "entropy_drift_BT": entropy_BT[..., 1]}
+    elif entropy == "value":
+        found["entropy_BT"] = entropy_BT
+    return found, output
 
 
 class PolicyObjective(Goal, Protocol):
@@ -30,6 +48,11 @@ class PolicyObjective(Goal, Protocol):
         """Whether to measure how far the update moves the policy's weights."""
         ...
 
+    @property
+    def wants_logp(self) -> bool:
+        """Whether :meth:`prepare` is to be given ``logp_BT`` of the policy before the mini-batch's step."""
+        ...
+
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the mini-batch's loss, and sums for metrics."""
         ...
@@ -41,7 +64,14 @@ class PolicyGoal:
 
     backend: Backend
     objective: PolicyObjective
+    annotate: Callable[[Batch, Collection[str]], Batch]
+    counts: StepCounts
+    """Of the optimizer that is about to step."""
     head: HeadRole | None = None
+    steps_before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps_before", self.counts.steps)
 
     @property
     def epochs(self) -> int:
@@ -52,6 +82,8 @@ class PolicyGoal:
         return self.objective.minibatches
 
     def prepare(self, minibatch: Batch) -> Batch:
+        if self.objective.wants_logp and self.counts.steps > self.steps_before:  # before, it is old_logp
+            minibatch = self.annotate(minibatch, {"logp"})
         prepared = self.objective.prepare(minibatch)
         return prepared if self.head is None else self.head.prepare(minibatch, prepared)
 

@@ -14,15 +14,15 @@ from alignment.engines.backend import Backend, Kept
 from alignment.engines.gradients import accumulate, gram_of
 from alignment.engines.learner_config import LearnerOptions
 from alignment.engines.learner_files import restore_learner, save_learner
-from alignment.engines.logprobs import Entropy, evaluating
+from alignment.engines.logprobs import evaluating
 from alignment.engines.optimizer import Slot
-from alignment.engines.policy_goal import PolicyGoal, PolicyObjective
+from alignment.engines.policy_goal import PASS_NEEDS, PolicyGoal, PolicyObjective, fields_of_pass
 from alignment.engines.roles import Goal, Role, RoleSpec, TrainedRole
 from alignment.engines.value_roles import Roles, prompt_batch
 from alignment.types import Batch, keyed_seed
 
 MAIN_SLOT = "rl"
-POLICY_NEEDS = {"old_logp", "entropy", "reference"}
+POLICY_NEEDS = PASS_NEEDS | {"reference"}
 
 
 class PolicyLearner:
@@ -79,7 +79,7 @@ class PolicyLearner:
 
         Args:
             batch: From :func:`alignment.batching.collate`.
-            needs: Of ``old_logp``, ``entropy``, ``reference``, what roles provide (``values``), and ``role:NAME``.
+            needs: Of :data:`POLICY_NEEDS`, what roles provide (``values``), and ``role:NAME``.
 
         Raises:
             ValueError: Nothing here provides one of the needs.
@@ -92,7 +92,7 @@ class PolicyLearner:
         moved, budget, fields = batch.to(self.device), self.config.micro_batch_tokens, dict[str, Tensor]()
         share = self.backend.share
         with torch.no_grad(), evaluating(*self._modules()), self.backend.computing():
-            own = needs & {"old_logp", "entropy"} | (needs & {"values"} if self.roles.head else set())
+            own = needs & PASS_NEEDS | (needs & {"values"} if self.roles.head else set())
             if own:
                 scored = share.compute(moved, budget, lambda micro: self._annotate_policy(micro, own))
                 fields |= {name: scored[name] for name in scored.keys() & {f"{need}_BT" for need in own}}
@@ -108,9 +108,7 @@ class PolicyLearner:
         return replace(batch, **{name: value.to(batch.ids_BT.device) for name, value in fields.items()})
 
     def _annotate_policy(self, micro: Batch, needs: Collection[str]) -> dict[str, Tensor]:
-        entropy: Entropy = "value" if "entropy" in needs else "none"
-        logp_BT, entropy_BT, *output = self.backend.forward(micro, entropy, "values" in needs)
-        found = {"old_logp_BT": logp_BT} | ({} if entropy_BT is None else {"entropy_BT": entropy_BT})
+        found, output = fields_of_pass(self.backend, micro, needs)
         if output and self.roles.head is not None:
             found |= self.roles.head.read(output[0], micro)
         return found
@@ -219,7 +217,8 @@ class PolicyLearner:
         batch, own, metrics = batch.to(self.device), self.slot(slot), dict[str, float]()
         with self._training():
             if objective is not None:
-                policy = PolicyGoal(self.backend, objective, self.roles.head if slot == MAIN_SLOT else None)
+                head = self.roles.head if slot == MAIN_SLOT else None
+                policy = PolicyGoal(self.backend, objective, self.annotate, own.counts, head)
                 before = self.backend.keep() if objective.update_norm else None
                 found = self._fit(slot, policy, policy.loss, batch, own, self.backend, objective.lr_factor)
                 metrics |= {"tokens": 0.0} | found
@@ -235,7 +234,8 @@ class PolicyLearner:
         """As :func:`alignment.engines.gradients.gram_of`: of the objective over the whole of ``batch``, KL and entropy
         terms included, with the dropout of the next update. K passes forward and backward; nothing is trained.
         """
-        batch, goal = batch.to(self.device), PolicyGoal(self.backend, objective)
+        counts = self.slots[MAIN_SLOT].counts
+        batch, goal = batch.to(self.device), PolicyGoal(self.backend, objective, self.annotate, counts)
 
         def gradient_of(adv_BT: Tensor) -> None:
             with self._training():

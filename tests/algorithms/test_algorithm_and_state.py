@@ -20,13 +20,13 @@ from alignment.registry import REGISTRIES
 ADAPTER = TypeAdapter(Algorithm)
 KINDS = {
     "advantages": {"grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"},
-    "policy_losses": {"reinforce", "clip", "gspo", "cispo"},
+    "policy_losses": {"reinforce", "clip", "gspo", "cispo", "grpo_guard"},
     "aggregations": {"token_mean", "sequence_mean", "sequence_sum", "constant"},
     "kl_penalties": {"k1", "k2", "k3", "k3_straight_through"},
     "corrections": {"tis", "icepop", "sequence_tis", "sequence_mask", "geometric_mask"},
     "weightings": {"fixed", "normalised", "normalise_then_sum", "hypervolume", "gradient", "lagrangian", "ensemble"}
     | {"recap"},
-    "entropy_controls": {"bonus"},
+    "entropy_controls": {"bonus", "adaptive_bonus", "high_entropy", "steer", "clip_cov", "kl_cov"},
     "mixers": {"none"},
 }
 

@@ -1,9 +1,10 @@
 """The one test that rules them all: split, order and padding change neither the loss nor its gradients.
 
-Every aggregation with every policy loss, correction, KL penalty and entropy bonus.
+Every aggregation with every policy loss, correction, KL penalty and entropy bonus; every policy loss with every entropy
+control, alone and all together.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 
 from alignment.algorithms.aggregations import aggregations
 from alignment.algorithms.corrections import GeometricMask, corrections
-from alignment.algorithms.entropy_controls import Bonus
+from alignment.algorithms.covariance import ClipCov, KlCov
+from alignment.algorithms.entropy_controls import AdaptiveBonus, Bonus, HighEntropy, entropy_controls
+from alignment.algorithms.grpo_guard import GrpoGuard
 from alignment.algorithms.kl_penalties import kl_penalties
 from alignment.algorithms.objective import Objective, combine
 from alignment.algorithms.policy_losses import policy_losses
+from alignment.algorithms.steer import Steer
 from alignment.types import Batch
 
 ROWS, WIDTH = 8, 9
@@ -22,6 +26,23 @@ AGGREGATIONS = [entry.cls(7) if entry.name == "constant" else entry.cls() for en
 CORRECTIONS = [None, *(GeometricMask(0.9, 1.1) if e.name == "geometric_mask" else e.cls() for e in corrections)]
 KLS = [None, *(entry.cls(coefficient=0.1, apply_to="loss") for entry in kl_penalties)]
 BONUSES = [(), ((Bonus(coefficient=0.02), None),)]
+CONTROLS = [
+    (Bonus(coefficient=0.02), None),
+    (AdaptiveBonus(target=9.0), {"coefficient": 0.03}),
+    *(
+        (Steer(omega=omega, shape=shape), None)
+        for omega in ("repo", "own", "exact")
+        for shape in ("exponential", "linear")
+    ),  # fmt: skip
+    (ClipCov(share=0.2, low=0.01, high=9.0), None),
+    (ClipCov(share=0.2, low=-9.0, high=9.0, clip_low=0.2, clip_high=0.2), None),
+    (KlCov(share=0.2), None),
+    *((HighEntropy(share=0.4, denominator=over), None) for over in ("kept", "all")),
+]
+LOSSES = [
+    *(entry.cls() for entry in policy_losses),
+    *(GrpoGuard(bins=3, bin_by=by, use_in_surrogate=by == "position") for by in ("entropy", "position")),
+]
 
 
 def random_batch(make_batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
@@ -44,20 +65,26 @@ def random_batch(make_batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         ref_logp_BT=logp_BT + noise(0.5),
         adv_BT=noise(1.0),
         weight_BT=noise(1.0).exp(),
+        logp_BT=logp_BT,
+        entropy_BT=1 + noise(0.3).abs(),
+        entropy_drift_BT=0.1 * noise(1.0),
+        key_B=torch.tensor([40, 13, 77, 5, 61, 22, 9, 38]),
     )
     mask_BT = batch.loss_mask_BT.clone()
     mask_BT[0, 3:5] = False  # an observation
     mask_BT[2] = False  # an unscored row
-    return replace(batch, loss_mask_BT=mask_BT), logp_BT, 1 + noise(0.3).abs()
+    assert batch.entropy_BT is not None
+    return replace(batch, loss_mask_BT=mask_BT), logp_BT, batch.entropy_BT
 
 
 def padded(batch: Batch, extra: int) -> Batch:
     """``batch`` with ``extra`` columns of padding that hold NaN."""
     changes = {}
-    for name in ("ids", "loss_mask", "behaviour_logp", "old_logp", "ref_logp", "adv", "weight", "values"):
-        value = getattr(batch, f"{name}_BT")
-        junk = float("nan") if value.is_floating_point() else 0
-        changes[f"{name}_BT"] = torch.cat([value, torch.full((len(batch), extra), junk, dtype=value.dtype)], 1)
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        if f.name.endswith("_BT") and value is not None:
+            junk = float("nan") if value.is_floating_point() else 0
+            changes[f.name] = torch.cat([value, torch.full((len(batch), extra), junk, dtype=value.dtype)], 1)
     return replace(batch, **changes)
 
 
@@ -104,6 +131,28 @@ def test_split_order_and_padding_change_nothing(make_batch, aggregation, policy_
         in_order = tuple(x[order] for x in inputs)
         same(whole, evaluate(objective, permuted, [everything[:5], everything[5:]], in_order), order)
         same(whole, evaluate_padded(objective, batch, inputs))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_entropy_controls_are_of_the_whole_mini_batch(make_batch, loss):
+    """Each alone, and all of them together, whose weights multiply."""
+    batch, *inputs = random_batch(make_batch)
+    order = [6, 2, 7, 0, 3, 5, 1, 4]
+    in_order = tuple(x[order] for x in inputs)
+    for controls in [*((control,) for control in CONTROLS), tuple(CONTROLS)]:
+        objective = Objective(loss, AGGREGATIONS[-1], entropy_controls=controls, correction=CORRECTIONS[-1])
+        whole = evaluate(objective, batch, [list(range(ROWS))], inputs)
+        assert whole[1][0].abs().max() > 0 and ("control_weight" in whole[2]) == any(
+            control.prepare(state, objective.prepare(batch)) is not None for control, state in controls
+        )
+        same(whole, evaluate(objective, batch, [[3, 4], [0, 6], [2], [1, 5, 7]], inputs))
+        same(whole, evaluate(objective, batch.rows(order), [[0, 1, 2, 3, 4], [5, 6, 7]], in_order), order)
+        same(whole, evaluate_padded(objective, batch, inputs))
+
+
+def test_every_entropy_control_is_in_that_test():
+    known = {entry.cls for entry in entropy_controls if entry.cls.__module__.startswith("alignment.")}
+    assert known == {type(control) for control, _ in CONTROLS}
 
 
 def evaluate_padded(objective: Objective, batch: Batch, inputs: list[torch.Tensor]):

@@ -114,6 +114,11 @@ def test_every_part_of_the_loss_by_hand(make_batch):
             "sampled_tokens": 4,
             "ratio": (2 + 3 + 2 * math.e) / 7,
             "entropy": 2.0,
+            # -w p (1 - p)(log p + H) times the pull, of 2 tokens at 0.5, 3 at 0.25 and 2 at 2 * 2 * e * -0.5
+            "entropy_predicted": -math.exp(-1) * (1 - math.exp(-1)) * (2 * 0.5 + 3 * 0.25 - 4 * math.e) / 7,
+            "entropy_penalty": -0.01 * 2.0,
+            "entropy_positive": 2.0,
+            "entropy_negative": 2.0,
             "kl": (2 * k3(0.5) + 2 * k3(1.0)) / 4,
             "mismatch_kl": 2 * k3(-1.0) / 4,
             "mismatch_abs_max": 1.0,
@@ -209,7 +214,7 @@ class LargestAdvantage:
     def prepare(self, state, minibatch):
         return state["w"] * minibatch.adv_BT.abs() / minibatch.adv_BT.abs().max()
 
-    def penalty(self, state, entropy_BT):
+    def penalty(self, state, view):
         return None
 
 
@@ -219,11 +224,15 @@ def test_weights_of_controls_multiply_and_see_the_whole_mini_batch(make_batch):
     batch = replace(batch, weight_BT=torch.full((2, 2), 3.0))
     objective = Objective(Reinforce(), TokenMean(), entropy_controls=((control, {"w": 0.5}), (control, {"w": 2.0})))
     prepared = objective.prepare(batch)
-    assert prepared.weight_BT is not None
-    close(prepared.weight_BT[:, 1], [3.0, 0.75])
+    assert prepared.control_weight_BT is not None and prepared.weight_BT is not None
+    close(prepared.weight_BT[:, 1], [3.0, 3.0])
+    close(prepared.control_weight_BT, [[0.0, 1.0], [0.0, 0.25]])
     logp_BT = torch.full((2, 2), -1.0, requires_grad=True)
-    (gradient_BT,) = torch.autograd.grad(objective.loss(logp_BT, None, prepared)[0], logp_BT)
+    loss, sums = objective.loss(logp_BT, None, prepared)
+    (gradient_BT,) = torch.autograd.grad(loss, logp_BT)
     close(gradient_BT[:, 1], [-2.0 * 3.0 / 2, 1.0 * 0.75 / 2])
+    assert objective.finish(sums)["control_weight"] == pytest.approx(0.625)
+    assert objective.finish(sums)["control_dropped"] == 0
     assert not objective.wants_entropy_grad
 
 
@@ -247,16 +256,24 @@ def test_entropies_with_gradient_are_wanted_only_when_used():
     assert not Objective.of(Algorithm(entropy_controls=(Bonus(coefficient=0.0),)), {}).wants_entropy_grad
 
 
-def test_a_penalty_that_is_not_declared_is_refused_since_its_entropies_have_no_gradient(make_batch):
-    class Undeclared(LargestAdvantage):
-        def penalty(self, state, entropy_BT):
-            return -entropy_BT
+def test_a_penalty_is_shown_entropies_only_if_it_says_that_it_differentiates_them(make_batch):
+    """Otherwise it might use numbers without a gradient and never know."""
+    seen = []
 
-    control: Any = Undeclared()
+    class Undeclared(LargestAdvantage):
+        def penalty(self, state, view):
+            seen.append(view.entropy_BT)
+            return None
+
+    class Declared(Undeclared):
+        entropy_gradient = True
+
     batch = make_batch([[0.0]], [1], adv_BT=torch.ones(1, 2))
-    objective = Objective(Reinforce(), TokenMean(), entropy_controls=((control, {"w": 1.0}),))
-    with pytest.raises(AssertionError, match="Undeclared gives a penalty, so its 'penalises' must be True"):
+    for control in (Undeclared(), Declared()):
+        controls: Any = ((control, {"w": 1.0}),)
+        objective = Objective(Reinforce(), TokenMean(), entropy_controls=controls)
         objective.loss(torch.zeros(1, 2), torch.ones(1, 2), objective.prepare(batch))
+    assert seen[0] is None and seen[1].tolist() == [[0.0, 1.0]]
 
 
 def test_of_takes_coefficients_and_states_from_the_components_state():

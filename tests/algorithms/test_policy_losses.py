@@ -8,7 +8,7 @@ import torch
 from alignment.algorithms.aggregations import SequenceMean, aggregations
 from alignment.algorithms.policy_losses import Cispo, Clip, Gspo, Reinforce, log_ratio, policy_losses
 
-ALL = [entry.cls() for entry in policy_losses]
+ALL = [entry.cls() for entry in policy_losses if not hasattr(entry.cls, "prepare")]
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -125,7 +125,7 @@ def test_gspo_with_sequence_mean_is_the_gradient_of_the_sequence_ratio(make_batc
 class TestUnifiedEstimator:
     """grad = 1_stable / pi_base * A * grad pi, with the base chosen per row."""
 
-    @pytest.mark.parametrize("loss", ALL, ids=policy_losses.names())
+    @pytest.mark.parametrize("loss", ALL, ids=str)
     def test_base_self_and_advantage_one_is_the_gradient_of_the_nll(self, make_batch, loss):
         logits_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
         logp_BT = torch.stack([torch.zeros((), dtype=torch.float64), logits_V.log_softmax(-1)[1]])[None]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment.algorithms.entropy_controls import Bonus
+from alignment.algorithms.entropy_controls import Bonus, PenaltyView
 from alignment.algorithms.mixers import NoMix
 from alignment.algorithms.weightings import Fixed, Normalised
 from alignment.types import Context, Group, Prompt
@@ -43,6 +43,10 @@ def test_normalised_refuses_weights_that_do_not_add_up_to_something_positive(mak
     assert Normalised().scalarise(None, unscored)[2] == 1.0
 
 
+def of_entropy(entropy):
+    return PenaltyView(torch.zeros(1), torch.zeros(1), entropy, None)
+
+
 def entropy_of(logits_V):
     logp_V = logits_V.log_softmax(-1)
     return -(logp_V.exp() * logp_V).sum()
@@ -53,7 +57,7 @@ def test_uniform_logits_have_entropy_log_v_and_no_gradient(size):
     logits_V = torch.full((size,), 3.0, dtype=torch.float64, requires_grad=True)
     entropy = entropy_of(logits_V)
     assert float(entropy.detach()) == pytest.approx(math.log(size), abs=1e-12)
-    penalty = Bonus(coefficient=0.3).penalty(None, entropy)
+    penalty = Bonus(coefficient=0.3).penalty(None, of_entropy(entropy))
     assert penalty is not None
     assert torch.autograd.grad(penalty, logits_V)[0].abs().max() < 1e-12
 
@@ -61,7 +65,7 @@ def test_uniform_logits_have_entropy_log_v_and_no_gradient(size):
 def test_the_bonus_is_minus_coefficient_times_entropy_and_raises_it():
     logits_V = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
     entropy = entropy_of(logits_V)
-    penalty = Bonus(coefficient=0.3).penalty(None, entropy)
+    penalty = Bonus(coefficient=0.3).penalty(None, of_entropy(entropy))
     assert penalty is not None
     assert float(penalty.detach()) == pytest.approx(-0.3 * float(entropy.detach()))
     (gradient_V,) = torch.autograd.grad(penalty, logits_V)
@@ -72,8 +76,8 @@ def test_the_bonus_is_minus_coefficient_times_entropy_and_raises_it():
 
 
 def test_a_bonus_of_zero_asks_for_nothing(make_batch):
-    assert Bonus(coefficient=0.0).penalty(None, torch.ones(1, 2)) is None
-    assert not Bonus(coefficient=0.0).penalises and Bonus().penalises
+    assert Bonus(coefficient=0.0).penalty(None, of_entropy(None)) is None
+    assert not Bonus(coefficient=0.0).entropy_gradient and Bonus().entropy_gradient
     assert Bonus().prepare(None, make_batch([0.0])) is None
 
 

@@ -107,6 +107,10 @@ class Reinforce:
     def wants_entropy_grad(self) -> bool:
         return self.entropy_bonus != 0
 
+    @property
+    def wants_logp(self) -> bool:
+        return False
+
     def prepare(self, minibatch: Batch) -> Batch:
         mask = minibatch.loss_mask_BT.float()
         return replace(minibatch, scale_BT=mask / mask.sum().clamp(min=1))

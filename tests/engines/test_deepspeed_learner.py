@@ -13,7 +13,9 @@ import pytest
 import ray
 import torch
 
+from alignment.algorithms.covariance import KlCov
 from alignment.algorithms.objective import Objective
+from alignment.algorithms.steer import Steer
 from alignment.engines.config import Site
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_learner import DeepSpeedLearner
@@ -127,12 +129,13 @@ def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
     assert isinstance(as_protocol, Learner) and not hasattr(learner, "module")
     assert learner.device == torch.device("cpu") and learner.of_prompts == () and learner.needs == frozenset()
     for step in range(3):
-        annotated = learner.annotate(batch(step), {"old_logp", "reference", "entropy"})
-        expected = torch_learner.annotate(batch(step), {"old_logp", "reference", "entropy"})
-        for name in ("old_logp_BT", "ref_logp_BT", "entropy_BT"):
+        needs = {"old_logp", "reference", "entropy", "entropy_drift"}
+        annotated, expected = (each.annotate(batch(step), needs) for each in (learner, torch_learner))
+        for name in ("old_logp_BT", "ref_logp_BT", "entropy_BT", "entropy_drift_BT"):
             torch.testing.assert_close(getattr(annotated, name), getattr(expected, name), rtol=0, atol=1e-4)
-        ours = learner.update(annotated, grpo(epochs=2, minibatches=2))
-        theirs = torch_learner.update(expected, grpo(epochs=2, minibatches=2))
+        # STEER asks for the policy before each step: a pass of all ranks together between two steps.
+        objective = grpo(epochs=2, minibatches=2, entropy_controls=(Steer(omega="exact"), KlCov(share=0.2)))
+        ours, theirs = learner.update(annotated, objective), torch_learner.update(expected, objective)
         assert ours.keys() == theirs.keys()
         assert {k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in theirs.items()} == ours
     assert annotated.adv_BT is not None

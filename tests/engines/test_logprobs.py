@@ -70,6 +70,25 @@ def test_a_model_that_changes_its_logits_is_noticed_and_computed_right(
     torch.testing.assert_close(entropy_BT, want_entropy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}])
+def test_what_moves_the_entropy_comes_beside_it(options: dict) -> None:
+    """``sum_v p^2 (log p + H)`` over the vocabulary, in chunks and from the model's own logits."""
+    module, batch = tiny("Gemma2" if options else "Qwen3", **options), make_batch()
+    logprobs = LogProbs(module, chunk_mb(3))
+    assert (logprobs.slow_reason is None) == (not options)
+    with torch.no_grad():
+        logp_BT, both = logprobs(batch, "drift")
+        plain_logp_BT, entropy_BT = logprobs(batch, "value")
+        logits = module(input_ids=batch.ids_BT).logits.float() / batch.temperature_B[:, None, None]
+    assert both is not None and entropy_BT is not None and torch.equal(logp_BT, plain_logp_BT)
+    assert torch.equal(both[..., 0], entropy_BT)
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    drift = (log_p.exp() ** 2 * (log_p + entropy)).sum(-1)
+    want_BT = torch.where(batch.loss_mask_BT, torch.cat([drift[:, :1] * 0, drift[:, :-1]], 1), 0.0)
+    torch.testing.assert_close(both[..., 1], want_BT, rtol=1e-4, atol=1e-5)
+
+
 def test_a_cap_is_noticed_even_where_it_does_nothing_yet() -> None:
     module = tiny("Gemma2", final_logit_softcapping=30.0, query_pre_attn_scalar=8)
     with torch.no_grad():

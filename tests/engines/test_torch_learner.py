@@ -1,6 +1,6 @@
 """What the learner computes, and what leaves it unchanged: split, padding, order, dropout."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,8 +129,49 @@ def test_dropout_is_off_in_annotation_and_on_in_updates() -> None:
     assert not learner.module.training
 
 
+@dataclass(frozen=True)
+class Current(Reinforce):
+    """Remembers what every mini-batch says of the policy before its step."""
+
+    wants: bool = True
+    seen: list[Batch] = field(default_factory=list)
+
+    @property
+    def wants_logp(self) -> bool:
+        return self.wants
+
+    def prepare(self, minibatch: Batch) -> Batch:
+        self.seen.append(minibatch)
+        return super().prepare(minibatch)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3", "GPT2"])
+def test_a_mini_batch_knows_the_policy_before_its_step_if_the_objective_asks(architecture: str) -> None:
+    """From the second step on; before the first it is old_logp, and there is no pass. Without dropout, whose numbers
+    stay as they are."""
+    options = {"resid_pdrop": 0.3} if architecture == "GPT2" else {}
+    learner, other = (learner_of(tiny(architecture, **options)) for _ in range(2))
+    batch = learner.annotate(make_batch(), {"old_logp"})
+    passes: list[int] = []
+    annotate = learner.annotate
+    learner.annotate = lambda *args: (passes.append(1), annotate(*args))[1]  # pyright: ignore[reportAttributeAccessIssue]
+    asked, silent = Current(epochs=2), Current(epochs=2, wants=False)
+    found, plain = learner.update(batch, asked), other.update(batch, silent)
+    assert found == plain and len(passes) == 1
+    assert [m.logp_BT is None for m in (*asked.seen, *silent.seen)] == [True, False, True, True]
+    reference = learner_of(tiny(architecture, **options))
+    reference.update(batch, Current(wants=False))
+    now = reference.annotate(batch, {"old_logp"}).old_logp_BT
+    second = asked.seen[1].logp_BT
+    assert second is not None and now is not None and batch.old_logp_BT is not None
+    torch.testing.assert_close(second, now, rtol=0, atol=1e-6)
+    assert (second - batch.old_logp_BT).abs().max() > 1e-2
+
+
 def test_a_need_that_nobody_provides_is_named() -> None:
-    with pytest.raises(ValueError, match=r"nothing provides \['values'\]; .* \['entropy', 'old_logp', 'reference'\]"):
+    with pytest.raises(
+        ValueError, match=r"nothing provides \['values'\]; .* \['entropy', 'entropy_drift', 'logp', 'old_logp'"
+    ):
         learner_of(tiny()).annotate(make_batch(), {"values", "old_logp"})
 
 
