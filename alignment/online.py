@@ -47,9 +47,8 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         job.engines.rest()
         states, context = sealed.state.components, collector.context(sealed.state.step)
         objective = None if stage.policy_rests(state.stage_step) else Objective.of(algorithm, states)
-        slots = algorithm.mixer.route(
-            states.get("mixer"), stage.trained(sealed.groups), job.data.demonstrations, context
-        )
+        groups = stage.trained(sealed.groups)
+        slots = algorithm.mixer.route(states.get("mixer"), groups, job.data.demonstrations, context)
         lag = staleness(slots["rl"], state.step)
         with phases("annotate"), job.meanwhile(collector.pump):
             needs = algorithm.needs | (objective.needs(staleness=lag) | learner.needs if objective else frozenset())
@@ -73,7 +72,7 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             job.record_batch(state, batch, watched, states, metrics)
             metrics |= _of_groups(sealed, slots["rl"]) | report(components, state.components) | passed(collector.roles)
         state = job.finish_step(state, metrics, sealed)
-        del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
+        del sealed, groups, slots, batch, watched, signals  # the next batch has the memory to itself
     collector.close()
     return state
 

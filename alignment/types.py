@@ -184,11 +184,8 @@ class Group:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :meth:`from_json` is its inverse."""
-        return {
-            "uid": self.uid,
-            "prompt": {"id": self.prompt.id, "row": dict(self.prompt.row)},
-            "rollouts": [r.to_json() for r in self.rollouts],
-        }
+        prompt = {"id": self.prompt.id, "row": dict(self.prompt.row)}
+        return {"uid": self.uid, "prompt": prompt, "rollouts": [r.to_json() for r in self.rollouts]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -106,6 +106,7 @@ def shrunk(name: str, folder: Path) -> Recipe:
     rewards: list[Any] = [entry for entry in whole["rewards"] if entry["name"] != "overlong"]
     rewards += [{"name": "overlong", "max_tokens": 6, "cache_tokens": 5}]  # else all rewards of a group would be 0
     learner = {option: getattr(stage.learner, option) for option in LEARNER}
+    filtered = any(hasattr(c, "keep") for c in stage.curricula)  # then some rollout of a group must be right
     values = {
         "run": {"name": name, "output": str(folder / "runs"), "sinks": ["jsonl"]},
         "model": {
@@ -128,7 +129,7 @@ def shrunk(name: str, folder: Path) -> Recipe:
                 },
                 "steps": 1,
                 "prompts_per_step": stage.algorithm.minibatches,
-                "group_size": 4,
+                "group_size": 16 if filtered else 4,
                 **({"critic": whole["stages"][0]["critic"] | {"pretraining_steps": 0}} if stage.critic else {}),
                 "max_staleness": 0,
                 "sampling": {**whole["stages"][0]["sampling"], "max_tokens": 6},

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from alignment.curricula import curricula
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +36,15 @@ def test_a_step_of_ppo_is_measured_beside_one_of_grpo(tmp_path):
     (table,) = json.loads((tmp_path / "result.json").read_text())["tables"]
     assert [row["step"] for row in table["rows"]] == ["grpo", "ppo, head", "ppo, quarter", "ppo, equal"]
     assert all(row["CPU seconds"] > 0 for row in table["rows"])
+
+
+def test_choosing_prompts_is_measured_for_every_selector(tmp_path):
+    done = run("benchmarks/curricula.py", "--sizes", 300, 600, "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    selectors = [entry.name for entry in curricula if hasattr(entry.cls, "select") and "alignment." in str(entry.cls)]
+    assert [row["selector"] for row in found["tables"][0]["rows"]] == selectors * 2 and len(selectors) == 6
+    assert len(found["goals"]) == 6
 
 
 @pytest.mark.full
