@@ -209,9 +209,12 @@ class Job:
             if self.archive is not None:
                 self.archive.add(sealed.state.step, sealed.fresh)
                 self.archive.prune([state.step, *self.checkpoints.steps()])
-            name, verdicts = f"verdicts/{self.stage.name}", sum(r.scored for g in groups for r in g.rollouts)
             change, counters = entropy_change(state.counters, self.stage.name, metrics)
-            state = replace(state, counters={**counters, name: counters.get(name, 0) + verdicts})
+            seen = {"verdicts": sum(r.scored for g in groups for r in g.rollouts)}
+            seen |= {"demonstrations": metrics["demonstrations"]} if metrics.get("demonstrations") else {}
+            counts = {f"{what}/{self.stage.name}": count for what, count in seen.items()}
+            counts = {name: counters.get(name, 0) + count for name, count in counts.items()}
+            state = replace(state, counters={**counters, **counts})
             metrics = {**metrics, **change}
         self.state, self.settled = state, True
         self._tick()
@@ -231,7 +234,10 @@ class Job:
         config = self.recipe.stages[stage]
         steps = self.state.stage_step if stage == self.state.stage else config.steps
         if isinstance(config, RolloutStage):
-            return {"verdicts on its own rollouts": int(self.state.counters.get(f"verdicts/{config.name}", 0))}
+            counted = self.state.counters
+            shown = int(counted.get(f"demonstrations/{config.name}", 0))
+            verdicts = {"verdicts on its own rollouts": int(counted.get(f"verdicts/{config.name}", 0))}
+            return verdicts | ({"demonstrations": shown} if shown else {})
         shown = sum(len(rollouts) for rollouts in self.data.demonstrations.values())
         return {"demonstrations": min(shown, steps * config.batch_size)}
 

@@ -1,6 +1,6 @@
 """Online reinforcement learning (GRPO, PPO, ...) and the fitting of values: one loop, read it top to bottom."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -8,11 +8,11 @@ from torch import Tensor
 from alignment.algorithms.advantages import advantage_metrics
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.credit import component_advantages, credit
-from alignment.algorithms.mixers import imitation_metrics
+from alignment.algorithms.mixers import Mixer, NoMix
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.state import MEASURED, observe, report
 from alignment.algorithms.values import batch_metrics
-from alignment.collect import Collector, Sealed, staleness
+from alignment.collect import Collector, staleness
 from alignment.critics import HeadCritic
 from alignment.engines.roles import handles, passed
 from alignment.evaluation.evaluate import Evaluation
@@ -20,6 +20,7 @@ from alignment.flight import Watched
 from alignment.guidance import guided_metrics
 from alignment.job import Job
 from alignment.metrics import read_tokens, summarise
+from alignment.mixing import awake, mix, supervision
 from alignment.offline import supervise
 from alignment.recipe import RolloutStage
 from alignment.types import Batch, Group, Signals, TrainState
@@ -47,8 +48,8 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         job.engines.rest()
         states, context = sealed.state.components, collector.context(sealed.state.step)
         objective = None if stage.policy_rests(state.stage_step) else Objective.of(algorithm, states)
-        groups = stage.trained(sealed.groups)
-        slots = algorithm.mixer.route(states.get("mixer"), groups, job.data.demonstrations, context)
+        mixer = algorithm.mixer if objective else NoMix()
+        slots, shown = mix(mixer, states.get("mixer"), stage.trained(sealed.groups), job, context)
         lag = staleness(slots["rl"], state.step)
         with phases("annotate"), job.meanwhile(collector.pump):
             needs = algorithm.needs | (objective.needs(staleness=lag) | learner.needs if objective else frozenset())
@@ -61,26 +62,28 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             gram_KK = _gram(job, algorithm, batch, objective)
             watched = Watched(objective) if objective and job.engines.in_process else objective
             metrics = learner.update(batch, watched) | batch_metrics(batch) | advantage_metrics(batch)
-            for slot in sorted(slots.keys() - {"rl"}):
-                metrics |= supervise(job, slots[slot], sealed.state.step, slot)
+            metrics |= _taught(job, mixer, slots, state.step)
         metrics |= job.publish(sealed.state.step + 1) | read | {"staleness": float(lag)}
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
         with phases("record"):
             before = job.evaluations.get(sealed.state.step)
             signals = Signals(sealed.sampled, batch, metrics, _flat(evaluation), context, _flat(before), gram_KK)
-            state = replace(sealed.state.next_step(), components=observe(components, states, signals))
+            state = replace(sealed.state.next_step(), components=observe(awake(components, objective), states, signals))
             job.record_batch(state, batch, watched, states, metrics)
-            metrics |= _of_groups(sealed, slots["rl"]) | report(components, state.components) | passed(collector.roles)
+            metrics |= summarise(sealed.sampled, sealed.dropped) | guided_metrics(sealed.sampled) | shown
+            metrics |= report(components, state.components) | passed(collector.roles)
         state = job.finish_step(state, metrics, sealed)
-        del sealed, groups, slots, batch, watched, signals  # the next batch has the memory to itself
+        del sealed, slots, batch, watched, signals  # the next batch has the memory to itself
     collector.close()
     return state
 
 
-def _of_groups(sealed: Sealed, trained: Sequence[Group]) -> dict[str, float]:
-    """Metrics of what was sampled for a step, and of what of it is trained on."""
-    sampled = sealed.sampled
-    return summarise(sampled, sealed.dropped) | guided_metrics(sampled) | imitation_metrics(trained, len(sampled))
+def _taught(job: Job, mixer: Mixer, slots: Mapping[str, Sequence[Group]], step: int) -> dict[str, float]:
+    """Supervised updates in the slots beside ``rl``, each with an optimizer of its own; their metrics."""
+    metrics: dict[str, float] = {}
+    for slot in sorted(slots.keys() - {"rl"}):
+        metrics |= supervise(job, slots[slot], step, slot, supervision(mixer))
+    return metrics
 
 
 def _gram(job: Job, algorithm: Algorithm, batch: Batch, objective: Objective | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from alignment.errors import EngineFailed, UserError
 from alignment.evaluation.evaluate import Evaluation
 from alignment.job import Job
 from alignment.metrics import Sink, Sinks, StageResult, build_result
+from alignment.mixing import check_demonstrations
 from alignment.offline import train_supervised
 from alignment.online import train_online
 from alignment.origin import Origin, copy_policy
@@ -106,6 +107,7 @@ def _run(
         origin = _origin(recipe, None if saved else init_from)
         model = origin.make(weights=any(_needs_weights(stage) for stage in recipe.stages))
         data = load_data(recipe, model, scorer)
+        check_demonstrations(recipe, data)
         if problems := too_long(recipe, max_positions(model.module), data.longest):
             raise RecipeError(problems)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)

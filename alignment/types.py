@@ -337,7 +337,7 @@ class TrainState:
     components: Mapping[str, Any] = field(default_factory=dict)
     """Each stateful component's state, JSON values only, by its place in the recipe (``curricula.0``)."""
     counters: Mapping[str, float] = field(default_factory=dict)
-    """Running totals that reports show: ``verdicts/STAGE``, the scored rollouts of a stage."""
+    """Running totals that reports show: scored ``verdicts/STAGE``, and ``demonstrations/STAGE`` that a mixer showed."""
     in_flight: Sequence[Sequence[Any]] = field(default_factory=list)
     """``(uid, prompt id)`` of each group that was launched and not yet used, in launch order: what a resumed run
     samples again. Empty after a step in lockstep."""

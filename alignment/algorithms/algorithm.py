@@ -6,11 +6,13 @@ from typing import Annotated, Any, ClassVar
 from alignment.algorithms import (  # noqa: F401 - they register components
     covariance,
     ensembles,
+    experimental_mixers,
     gradient_weights,
     grpo_guard,
     hypervolume,
     lagrangian,
     normalised_sum,
+    off_policy_mixers,
     recap,
     steer,
 )

@@ -19,7 +19,7 @@ def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Bat
 
     A KL penalty in the reward becomes a token reward; the weighting makes one reward of the components, or one
     advantage of their advantages, and may multiply all of them; imitated demonstrations get advantage 1; the mixer may
-    weigh rows. ``reward_B`` is NaN, never 0, where a row is unscored.
+    have advantages of its own and weigh rows. ``reward_B`` is NaN, never 0, where a row is unscored.
 
     Args:
         batch: Annotated with what ``algorithm.needs`` names.
@@ -50,6 +50,10 @@ def credit(batch: Batch, algorithm: Algorithm, states: Mapping[str, Any]) -> Bat
         adv_BT=torch.where(batch.loss_mask_BT & trained_B[:, None], adv_BT, 0.0),
         returns_BT=returns_BT,
     )
+    own_advantages = getattr(algorithm.mixer, "advantages", None)
+    if own_advantages is not None:
+        adv_BT = own_advantages(states.get("mixer"), credited)
+        credited = replace(credited, adv_BT=torch.where(credited.loss_mask_BT, adv_BT, 0.0))
     row_weight_B = algorithm.mixer.coefficients(states.get("mixer"), credited)
     if row_weight_B is None:
         return credited

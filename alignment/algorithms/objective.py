@@ -19,7 +19,7 @@ from alignment.algorithms.corrections import Correction
 from alignment.algorithms.demonstrations import is_demonstration, is_imitated
 from alignment.algorithms.entropy_controls import EntropyControl, PenaltyView
 from alignment.algorithms.kl_penalties import KLPenalty, k3_estimate
-from alignment.algorithms.policy_losses import PolicyLoss, Reinforce, log_ratio
+from alignment.algorithms.policy_losses import PolicyLoss, Reinforce, log_ratio, shaped
 from alignment.algorithms.state import annotations, needs_of
 from alignment.algorithms.steer import own_change
 from alignment.types import RATIO_BASES, SOURCES, Batch
@@ -53,6 +53,8 @@ class Objective:
     """Multiplies the learning rate of the update."""
     update_norm: bool = False
     """Whether somebody asks how far the update moves the weights."""
+    shaping: float | None = None
+    """Of rows of ratio base ``one``: gamma of :func:`~alignment.algorithms.policy_losses.shaped`."""
     imitate: bool = False
     """Every row is a demonstration: advantage 1 and ratio base ``self``, whatever the batch says."""
 
@@ -75,6 +77,7 @@ class Objective:
             minibatches=algorithm.minibatches,
             lr_factor=1.0 if lr_factor is None else lr_factor(states.get("weighting")),
             update_norm="update_norm" in algorithm.needs,
+            shaping=getattr(algorithm.mixer, "shaping", None),
         )
 
     @classmethod
@@ -147,6 +150,8 @@ class Objective:
         sampled_BT = mask_BT & ~is_demonstration(micro)[:, None]
         metrics: dict[str, Tensor] = {"ratio": log_ratio(logp_BT.detach(), micro).exp()}
         policy_BT, policy_metrics = self.policy_loss(logp_BT, micro)
+        if self.shaping is not None:
+            policy_BT = shaped(policy_BT, logp_BT, micro, self.shaping)
         correction_BT, sampled_metrics = self._mismatch(logp_BT.detach(), micro, sampled_BT)
         weights = [w for w in (micro.weight_BT, micro.control_weight_BT, correction_BT) if w is not None]
         loss_BT = _product(policy_BT, weights)

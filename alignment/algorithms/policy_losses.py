@@ -47,6 +47,16 @@ def log_ratio(logp_BT: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.loss_mask_BT, logp_BT - base_BT, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
+def shaped(loss_BT: Tensor, logp_BT: Tensor, batch: Batch, gamma: float) -> Tensor:
+    """``loss_BT``, with ``-A p / (p + gamma)`` in rows of ratio base ``one``: LUFFY's off-policy term, never clipped.
+
+    Its derivative by p is ``-A gamma / (p + gamma)^2``: larger than that of ``-A p`` for improbable tokens, and smaller
+    for those that the policy already knows (Learning to Reason under Off-Policy Guidance, arXiv 2504.14945).
+    """
+    p_BT = logp_BT.exp()
+    return torch.where(batch.ratio_base_B[:, None] == _ONE, -_advantage(batch) * p_BT / (p_BT + gamma), loss_BT)
+
+
 def _advantage(batch: Batch) -> Tensor:
     assert batch.adv_BT is not None, "credit sets adv_BT before any loss is taken"
     return batch.adv_BT

@@ -5,10 +5,11 @@ from typing import Any
 
 from alignment.types import Signals
 
-MEASURED = frozenset({"demonstrations", "update_norm", "gram", "evaluation"})
+MEASURED = frozenset({"demonstrations", "demonstration_rewards", "update_norm", "gram", "evaluation"})
 """Needs that are no annotations of a batch: ``update_norm``, a metric of how far an update moved the policy's weights;
 ``gram``, inner products of the components' gradients before the update (:attr:`Signals.gram_KK`); ``evaluation``, that
-evaluations are made during the stage; ``demonstrations``, that the data has some."""
+evaluations are made during the stage; ``demonstrations``, that the data has some; ``demonstration_rewards``, that
+those of a batch are scored."""
 
 
 def needs_of(component: object) -> tuple[str, ...]:

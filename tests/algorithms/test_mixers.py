@@ -10,7 +10,7 @@ import torch
 from alignment.algorithms.advantages import DrGrpo
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.credit import credit
-from alignment.algorithms.mixers import Blend, Hpt, Relift, imitation_metrics
+from alignment.algorithms.mixers import Blend, Hpt, Relift
 from alignment.algorithms.objective import Objective, combine
 from alignment.algorithms.policy_losses import Reinforce
 from alignment.errors import UserError
@@ -50,7 +50,7 @@ def test_the_gate_of_hpt(solved, gate, imitated):
 def test_the_soft_gate_weighs_both_by_what_was_solved(make_batch):
     """The published table: 2 solved of 8 are (0.125, 0.5), 4 are (0.5, 0.125), 5 and more are rollouts alone."""
     mixer = Hpt(soft=((2, 0.125, 0.5), (4, 0.5, 0.125), (5, 1.0, 0.0)))
-    assert [mixer.weights(n) for n in (0, 1, 2, 3, 4, 5, 8)] == [
+    assert [mixer.weights(n, 8) for n in (0, 1, 2, 3, 4, 5, 8)] == [
         (0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.125, 0.5), (0.5, 0.125), (1.0, 0.0), (1.0, 0.0)
     ]  # fmt: skip
     groups = [group(0, 1.0, 1.0, 0.0), group(1, *[1.0] * 5)]
@@ -147,8 +147,8 @@ def test_a_blend_draws_other_demonstrations_at_each_step_and_the_same_again():
 )
 def test_which_prompts_relift_keeps(rewards, no_success, all_zero):
     asked = group(0, *rewards)
-    assert Relift(failed="no_success").has_failed(asked) is no_success
-    assert Relift(failed="all_zero").has_failed(asked) is all_zero
+    assert Relift(failed="no_success").asks(asked) is no_success
+    assert Relift(failed="all_zero").asks(asked) is all_zero
 
 
 def test_relift_takes_the_newest_failures_once_there_are_enough(make_batch):
@@ -169,10 +169,3 @@ def test_advantages_of_relifts_example(make_batch):
     batch = make_batch([[1.0], *[[0.0]] * 6, [1.0]], [1] * 8, groups=[0] * 8)
     adv_BT = credit(batch, Algorithm(advantage=DrGrpo()), {}).adv_BT
     assert adv_BT is not None and adv_BT[:, 1].tolist() == [0.75, *[-0.25] * 6, 0.75]
-
-
-def test_what_is_imitated_is_counted():
-    asked = [group(0, 0.0), group(1, 1.0)]
-    assert imitation_metrics(asked, 2) == {}
-    routed = Hpt().route(None, asked, shown(*asked), AT)["rl"]
-    assert imitation_metrics(routed, 2) == {"demonstrations": 1.0, "imitated": 0.5}

@@ -1,0 +1,125 @@
+"""Mixers whose demonstrations are judged in the group of the policy's rollouts, by the rewards that they earn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from alignment.algorithms.demonstrations import is_demonstration, is_imitated
+from alignment.algorithms.mixers import Demonstrations, mixers
+from alignment.registry import option
+from alignment.types import Batch, Context, Group, Rollout
+
+
+@mixers.register(
+    "luffy",
+    source="Learning to Reason under Off-Policy Guidance (arXiv 2504.14945)",
+    evidence="end to end",
+)
+@dataclass(frozen=True)
+class Luffy:
+    """LUFFY: every prompt's demonstrations join its group, are judged there, and are learned with policy shaping.
+
+    The advantage is that of the group, demonstrations included. Nobody knows what distribution a demonstration was
+    drawn from, so its ratio divides by 1, and its loss is ``-A p / (p + shaping)`` with p the policy's probability of
+    the token, not clipped; rollouts have the recipe's policy loss. ``shaping`` is 0.1 in the published code; null
+    leaves ``-A p`` to the policy loss. One mean runs over rollouts and demonstrations together.
+
+    A demonstration's reward is what the recipe's rewards give it, like a rollout's, not an assumed success: a wrong one
+    is pushed down, and one whose reward fails is left out. A prompt that the policy always solves has no advantage to
+    give, demonstration or not. From memory: the paper has 7 rollouts and 1 demonstration per prompt and an advantage
+    without std (``group_size: 7``, ``advantage: dr_grpo``).
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("demonstrations", "demonstration_rewards")
+
+    shaping: Annotated[float | None, option("gamma of p / (p + gamma); null: p itself", gt=0)] = 0.1
+    demonstrations_per_prompt: Annotated[int, option("demonstrations that join a group, at most", ge=1)] = 1
+
+    def asks(self, group: Group) -> bool:
+        """Of every prompt."""
+        return True
+
+    def route(
+        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
+    ) -> Mapping[str, list[Group]]:
+        def joined(group: Group) -> Group:
+            shown = demonstrations.get(group.prompt.key, ())[: self.demonstrations_per_prompt]
+            return replace(group, rollouts=(*group.rollouts, *map(judged, shown)))
+
+        return {"rl": [joined(group) for group in groups]}
+
+    def coefficients(self, state: Any, batch: Batch) -> None:
+        return None
+
+
+@mixers.register(
+    "srft",
+    source="SRFT: A Single-Stage Method with Supervised and Reinforcement Fine-Tuning for Reasoning "
+    "(arXiv 2506.19767), by way of the code of HPT",
+    evidence="end to end",
+)
+@dataclass(frozen=True)
+class Srft:
+    """SRFT: imitation, off-policy and on-policy terms at once, weighed by the entropy of each sequence.
+
+    ``H`` is the mean entropy of a sequence's tokens under the policy before the update, in nats, without gradient:
+
+    - the demonstration imitated: ``sft exp(-H)`` (0.5): little where the policy is undecided;
+    - the demonstration judged in its group, ratio base 1, with the recipe's advantage: weight 1;
+    - rollouts, by the log-probability they have: ``rl exp(H)`` (0.1) for correct ones, -1 for others, in place of the
+      recipe's advantage.
+
+    Correct is a value of at least 1 of the first reward component. Known from the code of HPT alone, which has SRFT as
+    a baseline; from memory: that the judged demonstration is a term of its own. ``exp(H)`` has no bound. The policy
+    loss acts on judged demonstrations too: ``clip`` takes the gradient of those of negative advantage, ``reinforce``
+    does not.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("demonstrations", "demonstration_rewards", "entropy")
+
+    sft: Annotated[float, option("of exp(-H), for imitated demonstrations", ge=0)] = 0.5
+    rl: Annotated[float, option("of exp(H), for correct rollouts", ge=0)] = 0.1
+
+    def asks(self, group: Group) -> bool:
+        """Of every prompt."""
+        return True
+
+    def route(
+        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
+    ) -> Mapping[str, list[Group]]:
+        def joined(group: Group) -> Group:
+            shown = demonstrations.get(group.prompt.key, ())[:1]
+            return replace(group, rollouts=(*group.rollouts, *shown, *map(judged, shown)))
+
+        return {"rl": [joined(group) for group in groups]}
+
+    def advantages(self, state: Any, batch: Batch) -> Tensor:
+        """1 and -1 for rollouts."""
+        assert batch.adv_BT is not None, "credit sets it first"
+        sign_B = torch.where(_correct(batch), 1.0, -1.0)
+        return torch.where(is_demonstration(batch)[:, None], batch.adv_BT, sign_B[:, None])
+
+    def coefficients(self, state: Any, batch: Batch) -> Tensor:
+        entropy_B = sequence_entropy(batch)
+        rollout_B = torch.where(_correct(batch), self.rl * entropy_B.exp(), 1.0)
+        shown_B = torch.where(is_imitated(batch), self.sft * (-entropy_B).exp(), 1.0)
+        return torch.where(is_demonstration(batch), shown_B, rollout_B)
+
+
+def judged(rollout: Rollout) -> Rollout:
+    """A demonstration that is judged in its group, its ratio dividing by 1."""
+    return replace(rollout, ratio_base="one")
+
+
+def sequence_entropy(batch: Batch) -> Tensor:
+    """``[B]``: the mean entropy of each row's trained tokens, in nats; 0 for rows without any."""
+    assert batch.entropy_BT is not None, "annotate with 'entropy'"
+    tokens_B = batch.loss_mask_BT.sum(1).clamp(min=1)
+    return torch.where(batch.loss_mask_BT, batch.entropy_BT, 0.0).sum(1) / tokens_B
+
+
+def _correct(batch: Batch) -> Tensor:
+    return batch.rewards_BK[:, 0] >= 1
