@@ -152,6 +152,7 @@ _R1_DISTILL = {
 KNOWN: Mapping[str, Shape] = {
     **_family("Qwen/Qwen2.5-{}", _QWEN2_5, ("", None), ("-Instruct", 32768)),
     **_family("Qwen/Qwen2.5-Math-{}", _QWEN2_5, ("", 4096), ("-Instruct", 4096), only="1.5B 7B"),
+    "Elliott/Qwen2.5-Math-7B-16k-think": replace(_QWEN2_5["7B"], positions=16384),  # as its name says; not looked up
     **_family("Qwen/Qwen3-{}", _QWEN3, ("", 40960)),
     **_family("Qwen/Qwen3-{}-Base", _QWEN3, ("", 32768), only="0.6B 1.7B 4B 8B 14B"),
     **_family("meta-llama/Llama-3.1-{}", _LLAMA3_1, ("", 131072), ("-Instruct", 131072)),

@@ -123,7 +123,7 @@ def gib(amount: float) -> str:
 
 def holdings(stage: Any, load: Load, hardware: Hardware) -> tuple[list[Holding], Cache | None]:
     """What the GPUs hold, and the cache of an engine, if there is one."""
-    training = Training.of(stage.learner, load.model)
+    training = Training.of_stage(stage, load.model)
     rows = -(-load.minibatch_rows // training.ranks)
     parts = training_bytes(load.shape, load.model, training, load.row_tokens, rows, stage.needs_reference)
     critics = critic_bytes(load.shape, load.model, stage)
@@ -197,7 +197,7 @@ def on_cluster(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOn
         nodes=tuple(tuple(node) for node in nodes),
         holdings=tuple(found),
         cache=cache,
-        host_bytes=ranks * host_bytes(load.shape, load.model, Training.of(stage.learner, load.model)),
+        host_bytes=ranks * host_bytes(load.shape, load.model, Training.of_stage(stage, load.model)),
         problems=(*unfit(stage, load, hardware), *_short(found)),
         notes=tuple(_notes(stage, hardware, cache)),
     )

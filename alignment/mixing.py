@@ -82,25 +82,38 @@ def awake(components: Mapping[str, Any], objective: Objective | None) -> dict[st
 
 
 def check_demonstrations(recipe: Recipe, data: LoadedData) -> None:
-    """Says for how many prompts there are demonstrations, where a mixer looks them up by prompt.
+    """Whether the demonstrations can be used by the mixers that want them; says for how many prompts there are some.
 
     Raises:
-        UserError: For none.
+        UserError: One is too long for the learner, or a mixer looks them up by prompt and none of the prompts has one.
     """
     for stage in recipe.stages:
-        if not isinstance(stage, RolloutStage) or not hasattr(stage.credited.mixer, "asks"):
+        if not isinstance(stage, RolloutStage) or "demonstrations" not in needs_of(stage.credited.mixer):
             continue
-        covered = sum(prompt.key in data.demonstrations for prompt in data.train)
-        name = mixers.name_of(stage.credited.mixer)
-        if data.train and not covered:
-            known = next((r.prompt_id for shown in data.demonstrations.values() for r in shown), "none")
+        _refuse_long(stage, data)
+        if not hasattr(stage.credited.mixer, "asks"):
+            continue
+        name, covered = mixers.name_of(stage.credited.mixer), sum(p.key in data.demonstrations for p in data.train)
+        if not covered:
+            ours, theirs = data.train[0], next(r.prompt_id for shown in data.demonstrations.values() for r in shown)
             raise UserError(
                 f"stage {stage.name!r}: mixer '{name}' looks for demonstrations of the prompts it trains on, and "
                 f"none of the {len(data.train):,} prompts of data.train has one in data.demonstrations (such as "
-                f"{data.train[0].origin or data.train[0].id} and {known}): prompts must be equal as they are "
-                "shown to the model, so give both sections the same prompt, chat and system"
+                f"{ours.origin or ours.id} there and {theirs} here): prompts must be equal as they are shown to the "
+                "model, so give both sections the same prompt, chat and system"
             )
         log.info("mixer '%s': %d of %d prompts of data.train have demonstrations", name, covered, len(data.train))
+
+
+def _refuse_long(stage: RolloutStage, data: LoadedData) -> None:
+    budget = getattr(stage.learner, "micro_batch_tokens", None)
+    rows = [rollout for shown in data.demonstrations.values() for rollout in shown]
+    tokens, longest = max((len(r.prompt_ids) + len(r.token_ids), r.prompt_id) for r in rows)
+    if budget is not None and tokens > budget:
+        raise UserError(
+            f"stage {stage.name!r}: the demonstration {longest} has {tokens:,} tokens, prompt included, more than "
+            f"learner.micro_batch_tokens ({budget:,}): raise that, or take long rows out of data.demonstrations"
+        )
 
 
 def _is_shown(rollout: Rollout) -> bool:

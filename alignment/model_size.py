@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -42,6 +42,14 @@ class Training:
     micro_batch_tokens: int | None = None
     """None: all rows at once."""
     logits_chunk_mb: float | None = None
+    optimizers: int = 1
+    """Sets of moments over the same weights: a mixer may have supervised updates of its own."""
+
+    @classmethod
+    def of_stage(cls, stage: Any, model: ModelConfig) -> Self:
+        """What the learner of a stage holds of the policy."""
+        mixer = None if stage.stage == "sft" else stage.credited.mixer
+        return replace(cls.of(stage.learner, model), optimizers=1 + len(getattr(mixer, "slots", ())))
 
     @classmethod
     def of(cls, learner: Any, model: ModelConfig) -> Self:
@@ -122,7 +130,7 @@ def training_bytes(
     gradients   ``b T``, of adapters in one process ``4 T``. DeepSpeed: ``4 T``, from stage 2 on divided by R, and a
                 copy at the step, ``4 T / R``; at stage 1 in bfloat16 ``2 T`` beside instead of the copy
     optimizer   two moments of AdamW, ``2 b T``; DeepSpeed from stage 1 on: with its own weights, in float32 always,
-                ``12 T / R``
+                ``12 T / R``; two moments more for each further optimizer (``relift``)
     buckets     what ranks exchange at once: two buckets of 200 M numbers, or of the largest weight or all if these are
                 more or fewer, and at stage 3 up to 1,000 M weights that are whole for a while
     activations of one micro-batch: :func:`activation_bytes` per token and layer, or, with gradient checkpointing, the
@@ -189,7 +197,8 @@ def _gradient_bytes(training: Training, each: int, trained: int) -> int:
 
 
 def _optimizer_bytes(training: Training, each: int, trained: int) -> int:
-    return (12 if training.masters else 2 * each) * trained // training.share(1)
+    moments = 2 * (4 if training.masters else each) * training.optimizers
+    return (moments + 4 * training.masters) * trained // training.share(1)
 
 
 def _exchanged(shape: Shape, training: Training, trained: int) -> int:
@@ -250,7 +259,7 @@ def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_to
 
     The allocator, the framework itself and temporary buffers are not counted.
     """
-    training = Training.of(stage.learner, model)
+    training = Training.of_stage(stage, model)
     found = training_bytes(shape, model, training, row_tokens, -(-rows // training.ranks), stage.needs_reference)
     if critics := critic_bytes(shape, model, stage):
         found["critics"] = critics

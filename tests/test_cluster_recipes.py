@@ -25,6 +25,7 @@ HARDWARE = {
     "dapo_32b": Hardware(4, 8, 80),
     "tina_1.5b_lora": Hardware(1, 1, 48),
     "tulu3_rlvr_8b": Hardware(1, 8, 80),
+    "hpt_math_7b": Hardware(1, 8, 80),
 }
 HEADER = re.compile(r"^# (trained|one step run|checked): .*\b20\d\d-\d\d-\d\d\b", re.M)
 each_recipe = pytest.mark.parametrize("name", HARDWARE)
@@ -116,6 +117,7 @@ def shrunk(name: str, folder: Path) -> Recipe:
         "data": {
             "train": {**sums, "split": "train"},
             "eval": {**sums, "split": "eval", "size": 4},
+            **({"demonstrations": {**sums, "split": "train"}} if recipe.data.demonstrations else {}),
             "max_prompt_tokens": 8,
         },
         "rewards": rewards,

@@ -8,12 +8,14 @@ import pytest
 import alignment
 from alignment.algorithms.mixers import Hpt, NoMix
 from alignment.algorithms.off_policy_mixers import Luffy
+from alignment.data.load import LoadedData
 from alignment.errors import UserError
-from alignment.mixing import mixing_metrics, scored
-from alignment.recipe import RecipeError, load
+from alignment.mixing import check_demonstrations, mixing_metrics, scored
+from alignment.plan import make_plan
+from alignment.recipe import OnlineStage, RecipeError, load
 from alignment.score import Score
 from alignment.types import Rollout
-from tests.algorithms.test_mixers import AT, group, shown
+from tests.algorithms.test_mixers import AT, group, rollout, shown
 from tests.test_train import Recorder, contents, lines
 from tests.tiny import RECIPE, SUMS, tiny, write
 
@@ -94,6 +96,33 @@ def test_demonstrations_of_other_prompts_are_refused(tmp_path):
     other = SAME | {"data": {"demonstrations": SUMS | {"split": "demonstrations"}}}
     with pytest.raises(UserError, match="none of the .* prompts of data.train has one in data.demonstrations"):
         alignment.train(tiny(tmp_path, change("hpt", "other") | other))
+
+
+def test_a_demonstration_that_is_too_long_is_refused(tmp_path):
+    changed = change("blend", "long")
+    changed["stages"][1]["learner"] = {"micro_batch_tokens": 12}
+    recipe = tiny(tmp_path, changed)
+    assert isinstance(recipe.stages[1], OnlineStage)
+    check_demonstrations(recipe, LoadedData(demonstrations={"a": [demonstration(4, 8)]}))
+    with pytest.raises(UserError, match=r"has 13 tokens, prompt included, more than learner.micro_batch_tokens \(12\)"):
+        check_demonstrations(recipe, LoadedData(demonstrations={"a": [demonstration(4, 8), demonstration(4, 9)]}))
+
+
+def demonstration(prompt: int, completion: int) -> Rollout:
+    made = rollout("a", None, "demonstration")
+    return replace(made, prompt_ids=(1,) * prompt, token_ids=(1,) * completion)
+
+
+def test_the_plan_counts_a_second_set_of_moments(tmp_path):
+    plain, taught = (make_plan(tiny(tmp_path, change(m, m))).stages[1].memory_bytes for m in ("hpt", "relift"))
+    assert plain is not None and taught is not None and taught["optimizer"] == 2 * plain["optimizer"]
+    eight = {"name": "deepspeed", "ranks": 2, "zero_stage": 1, "dtype": "bfloat16"}
+    found = []
+    for mixer in ("hpt", "relift"):
+        changed = change(mixer, mixer)
+        changed["stages"][1] |= {"learner": eight, "cluster": {"name": "ray"}, "sampler": {"name": "vllm"}}
+        found.append(make_plan(tiny(tmp_path, changed)).stages[1].memory_bytes)
+    assert found[1]["optimizer"] * 12 == pytest.approx(found[0]["optimizer"] * 20)
 
 
 def test_nothing_is_mixed_while_the_policy_rests(tmp_path):

@@ -12,7 +12,7 @@ from alignment.algorithms.mixers import Demonstrations, drawn, mixers
 from alignment.algorithms.weightings import weighted_sum
 from alignment.errors import UserError
 from alignment.registry import option
-from alignment.types import Batch, Context, Group, Signals, masked_mean
+from alignment.types import Batch, Context, Group, Signals
 
 
 def meta_gradient(val_P: Tensor, sft_P: Tensor, rl_P: Tensor, lr: float, cosine: bool = False) -> float:
@@ -85,7 +85,7 @@ class Amft:
         sampled_BT = batch.loss_mask_BT & ~is_demonstration(batch)[:, None]
         if not sampled_BT.any():
             return dict(state)
-        entropy = float(masked_mean(batch.entropy_BT, sampled_BT))
+        entropy = float(batch.entropy_BT[sampled_BT].mean())
         target = entropy if state["target"] is None else state["target"]
         term = entropy - target if self.sign == "intent" else target - entropy
         return {"mu": self.moved(state["mu"], term), "target": target}
@@ -118,7 +118,8 @@ class Grao:
     add up to 0, so the whole is ``(1 + lam)`` times REINFORCE plus ``beta A_y l(y)``; with the demonstration among the
     statistics they add up to ``-A_y``, and it is ``(beta + lam / G) A_y l(y)``. This is how it is computed: with
     ``policy_loss: reinforce`` and ``aggregation: sequence_mean``, which the method asks for, exactly so where all
-    prompts have a demonstration. The recipe's advantage is not used.
+    prompts have a demonstration and these are equally long (over demonstrations it is a token mean). The recipe's
+    advantage is not used.
 
     ``statistics``: the text prints mean and std over the rollouts, and also says that ``A_y`` is computed in one group
     with them. With ``rollouts`` a prompt that all of them fail alike teaches nothing, demonstration or not. R is the

@@ -1,9 +1,10 @@
 """Mixers: which rollouts and demonstrations each update learns from, and in what proportion.
 
 A demonstration that is imitated has advantage 1 and ratio base ``self``: its loss is its negative log-likelihood. The
-objective aggregates imitated rows apart from the others, so the loss of a mixed batch is ``L_RL + c L_SFT``, each a
-mean of its own, and ``c`` is a coefficient of rows. Demonstrations are found by the prompt's content
-(:attr:`Prompt.key`); a group's rollouts stay as they are where none is there, which is counted.
+objective takes the token mean over imitated rows and the algorithm's aggregation over the others, so the loss of a
+mixed mini-batch is ``L_RL + c L_SFT``, each a mean of its own, and ``c`` is a coefficient of rows. Demonstrations are
+found by the prompt's content (:attr:`Prompt.key`); a group's rollouts stay as they are where none is there, which is
+counted.
 
 ``off_policy_mixers`` and ``experimental_mixers`` register more.
 """
@@ -37,7 +38,8 @@ class Mixer(Protocol):
     data set in which none has one is refused.
     ``advantages(state, batch) -> adv_BT``: takes the place of those that ``batch`` was credited with.
     ``shaping: float | None``: gamma of ``p / (p + gamma)`` in rows of ratio base ``one``.
-    ``lr_ratio: float``: the learning rate of other slots than ``rl`` over that of ``rl``.
+    ``slots``: those beside ``rl`` that it may route to, each an optimizer more in memory; ``lr_ratio: float``: their
+    learning rate over that of ``rl``.
     """
 
     def route(
@@ -135,9 +137,10 @@ class Hpt:
     Solved is correct by the first reward component (a value of at least 1); a rollout whose reward failed is not, and a
     group without any verdict is left as it is. The published RL part is Dr.GRPO without a clip, normalised by a
     constant length, with an entropy bonus of 0.001 and no KL: ``advantage: dr_grpo``, ``policy_loss: reinforce``,
-    ``aggregation: {name: constant, length: 8192}``. The SFT part has the algorithm's aggregation, apart from the RL
-    part; there it is a token mean, so with ``constant`` the same ``c`` weighs demonstrations less by the ratio of
-    their mean length to the constant. A prompt without a demonstration keeps its rollouts.
+    ``aggregation: {name: constant, length: 8192}``. There the RL part is *summed* over the rows of a micro-batch and
+    the SFT part is a mean over its tokens, so that their proportion depends on how rows are packed; here both are means
+    over the mini-batch, whatever the packing, and RL weighs less against the same ``c``. A prompt without a
+    demonstration keeps its rollouts.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("demonstrations",)
@@ -219,6 +222,7 @@ class Relift:
     """
 
     needs: ClassVar[tuple[str, ...]] = ("demonstrations",)
+    slots: ClassVar[tuple[str, ...]] = ("sft",)
 
     batch_size: Annotated[int, option("demonstrations of one supervised update", ge=1)] = 32
     failed: Annotated[Literal["no_success", "all_zero"], option("which groups count as failed")] = "no_success"

@@ -30,11 +30,11 @@ class Objective:
     """``sum_{i,t} scale (weight w loss + c_kl kl + sum penalties) + c_nll nll`` over trained tokens.
 
     ``weight`` is the product of the mixer's and all entropy controls', and ``w`` is the correction's; both multiply
-    the policy loss alone, after its clip. ``scale`` is the aggregation's, of imitated rows apart: the loss is that of
-    the rollouts plus that of the demonstrations, each a mean of its own. ``w`` and ``kl``, which presume tokens drawn
-    from the policy, leave demonstrations out. ``nll`` is the mean negative log-likelihood of the tokens of rollouts
-    that are correct by the first reward component (a value of at least 1): positive-example language modelling of
-    VAPO (arXiv 2504.05118).
+    the policy loss alone, after its clip. ``scale`` is the aggregation's, and that of imitated rows a token mean of
+    their own: the loss is that of the rollouts plus that of the demonstrations, and neither dilutes the other. ``w``
+    and ``kl``, which presume tokens drawn from the policy, leave demonstrations out. ``nll`` is the mean negative
+    log-likelihood of the tokens of rollouts that are correct by the first reward component (a value of at least 1):
+    positive-example language modelling of VAPO (arXiv 2504.05118).
     """
 
     policy_loss: PolicyLoss
@@ -149,9 +149,7 @@ class Objective:
         logp_BT = torch.where(mask_BT, logp_BT, 0.0)
         sampled_BT = mask_BT & ~is_demonstration(micro)[:, None]
         metrics: dict[str, Tensor] = {"ratio": log_ratio(logp_BT.detach(), micro).exp()}
-        policy_BT, policy_metrics = self.policy_loss(logp_BT, micro)
-        if self.shaping is not None:
-            policy_BT = shaped(policy_BT, logp_BT, micro, self.shaping)
+        policy_BT, policy_metrics = self._policy(logp_BT, micro)
         correction_BT, sampled_metrics = self._mismatch(logp_BT.detach(), micro, sampled_BT)
         weights = [w for w in (micro.weight_BT, micro.control_weight_BT, correction_BT) if w is not None]
         loss_BT = _product(policy_BT, weights)
@@ -197,9 +195,11 @@ class Objective:
         return metrics
 
     def _scale(self, minibatch: Batch) -> Tensor:
-        """The aggregation's scales: those of imitated rows apart, so that neither kind dilutes the other."""
+        """The aggregation's scales, and a token mean over imitated rows, as in supervised fine-tuning."""
+        if self.imitate:
+            return self.aggregation.scale(minibatch.loss_mask_BT)
         mask_BT, imitated_B1 = minibatch.loss_mask_BT, is_imitated(minibatch)[:, None]
-        return self.aggregation.scale(mask_BT & ~imitated_B1) + self.aggregation.scale(mask_BT & imitated_B1)
+        return self.aggregation.scale(mask_BT & ~imitated_B1) + TokenMean().scale(mask_BT & imitated_B1)
 
     def _nll_scale(self, minibatch: Batch) -> Tensor | None:
         """One over the number of tokens of correct rollouts, at those tokens."""
@@ -240,11 +240,16 @@ class Objective:
             return None
         return torch.where(minibatch.loss_mask_BT[..., None], torch.stack(made, -1), 0.0)
 
+    def _policy(self, logp_BT: Tensor, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy loss, shaped where the mixer asks."""
+        loss_BT, metrics = self.policy_loss(logp_BT, micro)
+        return (loss_BT if self.shaping is None else shaped(loss_BT, logp_BT, micro, self.shaping)), metrics
+
     def _pull(self, logp_BT: Tensor, micro: Batch) -> Tensor:
         """How hard the policy loss alone pulls each log-probability up: minus its derivative."""
         with torch.enable_grad():
             leaf_BT = logp_BT.detach().requires_grad_()
-            return -torch.autograd.grad(self.policy_loss(leaf_BT, micro)[0].sum(), leaf_BT)[0]
+            return -torch.autograd.grad(self._policy(leaf_BT, micro)[0].sum(), leaf_BT)[0]
 
     def _penalties(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> Tensor | None:
         old_BT = logp_BT.detach() if micro.old_logp_BT is None else micro.old_logp_BT

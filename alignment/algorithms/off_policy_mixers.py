@@ -29,8 +29,9 @@ class Luffy:
 
     A demonstration's reward is what the recipe's rewards give it, like a rollout's, not an assumed success: a wrong one
     is pushed down, and one whose reward fails is left out. A prompt that the policy always solves has no advantage to
-    give, demonstration or not. From memory: the paper has 7 rollouts and 1 demonstration per prompt and an advantage
-    without std (``group_size: 7``, ``advantage: dr_grpo``).
+    give, demonstration or not. As HPT's code runs it: no std, no clip, a constant length as normaliser, an entropy
+    bonus of 0.001 (``dr_grpo``, ``reinforce``, ``{name: constant, length: 8192}``), lr 1e-6. That one of its 8 samples
+    per prompt is the demonstration (``group_size: 7``) is from memory.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("demonstrations", "demonstration_rewards")
@@ -68,20 +69,21 @@ class Srft:
     ``H`` is the mean entropy of a sequence's tokens under the policy before the update, in nats, without gradient:
 
     - the demonstration imitated: ``sft exp(-H)`` (0.5): little where the policy is undecided;
-    - the demonstration judged in its group, ratio base 1, with the recipe's advantage: weight 1;
-    - rollouts, by the log-probability they have: ``rl exp(H)`` (0.1) for correct ones, -1 for others, in place of the
-      recipe's advantage.
+    - the demonstration judged in its group, as in LUFFY: weight 1;
+    - rollouts: ``rl exp(H)`` (0.1) for correct ones and -1 for others, in place of the recipe's advantage.
 
     Correct is a value of at least 1 of the first reward component. Known from the code of HPT alone, which has SRFT as
-    a baseline; from memory: that the judged demonstration is a term of its own. ``exp(H)`` has no bound. The policy
-    loss acts on judged demonstrations too: ``clip`` takes the gradient of those of negative advantage, ``reinforce``
-    does not.
+    a baseline, with LUFFY's ``shaping`` of the judged demonstration, no std, no clip, a constant length and an entropy
+    bonus of 0.001; the paper was not at hand. There the term of rollouts is ``log p`` without a ratio, which
+    ``policy_loss: reinforce`` is at the first update of a batch, and H is that of the policy as it is updated.
+    ``exp(H)`` has no bound.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("demonstrations", "demonstration_rewards", "entropy")
 
     sft: Annotated[float, option("of exp(-H), for imitated demonstrations", ge=0)] = 0.5
     rl: Annotated[float, option("of exp(H), for correct rollouts", ge=0)] = 0.1
+    shaping: Annotated[float | None, option("gamma of p / (p + gamma); null: p itself", gt=0)] = 0.1
 
     def asks(self, group: Group) -> bool:
         """Of every prompt."""

@@ -27,7 +27,7 @@ KINDS = {
     "weightings": {"fixed", "normalised", "normalise_then_sum", "hypervolume", "gradient", "lagrangian", "ensemble"}
     | {"recap"},
     "entropy_controls": {"bonus", "adaptive_bonus", "high_entropy", "steer", "clip_cov", "kl_cov"},
-    "mixers": {"none"},
+    "mixers": {"none", "blend", "hpt", "relift", "luffy", "srft", "amft", "grao"},
 }
 
 

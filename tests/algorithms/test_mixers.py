@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from alignment.algorithms.advantages import DrGrpo
+from alignment.algorithms.aggregations import Constant, SequenceMean, TokenMean
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.credit import credit
-from alignment.algorithms.mixers import Blend, Hpt, Relift
+from alignment.algorithms.mixers import Blend, Hpt, NoMix, Relift
 from alignment.algorithms.objective import Objective, combine
 from alignment.algorithms.policy_losses import Reinforce
 from alignment.errors import UserError
@@ -61,6 +62,59 @@ def test_the_soft_gate_weighs_both_by_what_was_solved(make_batch):
         rewards, [1] * 9, groups=[0] * 4 + [1] * 5, sources=[*["policy"] * 3, "demonstration", *["policy"] * 5]
     )
     assert mixer.coefficients(None, batch).tolist() == [0.125, 0.125, 0.125, 0.5, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "imitated"),
+    [
+        ([0.0] * 6 + [1.0] * 2, True),
+        ([0.0] * 5 + [1.0] * 3, False),
+        ([0.0] * 4 + [1.0, None, None, None], True),  # one of five
+        ([None] * 8, False),
+    ],
+)
+def test_the_gate_by_share_counts_verdicts_alone(rewards, imitated):
+    assert Hpt(gate_share=0.25).asks(group(0, *rewards)) is imitated
+
+
+def test_a_group_without_a_verdict_is_left_as_it_is():
+    asked = group(0, None, None)
+    assert Hpt().route(None, [asked], shown(asked), AT)["rl"] == [asked]
+    assert not Hpt(soft=((1, 1.0, 0.5),)).asks(asked)
+
+
+def test_as_many_demonstrations_as_asked_for():
+    asked = group(0, 0.0)
+    known = {key: rows * 3 for key, rows in shown(asked).items()}
+    for wanted, found in ((1, 1), (2, 2), (9, 3)):
+        [taught] = Hpt(demonstrations_per_prompt=wanted).route(None, [asked], known, AT)["rl"]
+        assert len(taught.rollouts) == found
+
+
+@pytest.mark.parametrize("aggregation", [Constant(7), SequenceMean(), TokenMean()])
+def test_imitation_is_a_token_mean_beside_any_aggregation(make_batch, aggregation):
+    batch = mixed(make_batch)
+    alone = Objective.of(Algorithm(aggregation=aggregation, correction=None), {})
+    scale_BT = alone.prepare(credit(batch, Algorithm(advantage=DrGrpo()), {})).scale_BT
+    assert scale_BT is not None
+    torch.testing.assert_close(scale_BT[4:], batch.loss_mask_BT[4:].float() / 6)
+    torch.testing.assert_close(scale_BT[:4], aggregation.scale(batch.loss_mask_BT[:4])), "not diluted"
+
+
+def test_rollouts_alone_are_what_they_were_bit_for_bit(make_batch):
+    batch = mixed(make_batch).rows([0, 1, 2, 3])
+    with_mixer, without = losses(batch, Hpt()), losses(batch, NoMix())
+    assert with_mixer[0] == without[0] and torch.equal(with_mixer[1], without[1])
+
+
+def test_a_prompt_has_either_an_rl_gradient_or_one_of_imitation(make_batch):
+    """Of two prompts the failed one is replaced, and the gradient of the other is that of RL alone."""
+    batch = mixed(make_batch)
+    imitated_B = torch.tensor([False] * 4 + [True] * 2)
+    _, whole_BT = losses(batch, Hpt(sft_coefficient=1.0))
+    _, none_BT = losses(batch, Hpt(sft_coefficient=0.0))
+    torch.testing.assert_close(whole_BT[~imitated_B], none_BT[~imitated_B], rtol=0, atol=0)
+    assert not none_BT[imitated_B].any()
 
 
 def test_a_soft_table_out_of_order_is_refused():
@@ -124,6 +178,8 @@ def test_the_schedules_of_a_blend():
     cosine = Blend(start=1.0, end=0.0, over_steps=2, shape="cosine")
     assert [cosine.coefficient(n) for n in (0, 1, 2)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
     assert Blend(start=0.4).coefficient(50) == 0.4
+    step = Blend(start=1.0, end=0.25, over_steps=3, shape="step")
+    assert [step.coefficient(n) for n in (0, 2, 3, 9)] == [1.0, 1.0, 0.25, 0.25]
 
 
 def test_a_blend_draws_other_demonstrations_at_each_step_and_the_same_again():
