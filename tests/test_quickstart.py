@@ -19,6 +19,7 @@ def test_right_or_wrong_teaches_what_more_demonstrations_steps_do_not(tmp_path, 
     assert [stage["name"] for stage in result["stages"]] == ["warmup", "rl"]
 
 
+@pytest.mark.full  # the test of Slurm runs the same recipe on the same engines
 def test_the_real_engines_learn_it_too(tmp_path):
     """vLLM, two DeepSpeed ranks and Ray, in a cluster of its own, one batch in flight."""
     result = alignment.train(RECIPE.with_name("quickstart_cluster.yaml"), overrides=[f"run.output={tmp_path}"])
