@@ -37,7 +37,8 @@ def test_every_command_runs_one_after_the_other(tmp_path, monkeypatch):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for line in COMMANDS:
         _, command, *rest = shlex.split(line)
-        fewer = [o for o in FEWER.get(command, []) if "ppo" in line or "prompts" not in o or "values" in line]
+        ahead = ["--set=stages.1.critic.pretraining_steps=1"] if "_ppo.yaml" in line and command == "train" else []
+        fewer = ahead + [o for o in FEWER.get(command, []) if "ppo" in line or "prompts" not in o or "values" in line]
         done = CliRunner().invoke(app, [command, *rest, *fewer], env={"COLUMNS": "200"})
         assert done.exit_code == 0, f"{line}\n{done.output}"
     assert (tmp_path / "my_values" / "value_model.json").is_file() and (
