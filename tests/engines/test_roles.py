@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alignment.algorithms.value_losses import HlGauss, Scalar, TwoHot, ValueObjective
 from alignment.algorithms.values import state_mask
+from alignment.engines.gradients import accumulate
 from alignment.engines.policy_goal import PolicyGoal
 from alignment.engines.roles import handles
 from alignment.engines.torch_learner import TorchLearner
@@ -201,8 +202,11 @@ def gradients_of(spec: Any, batch: Batch, share: Share) -> dict[str, Tensor]:
     with torch.no_grad():
         for p in module_of(learner).parameters():
             p.add_(0.1)  # a fresh head lets no gradient through to its body
-    goal: Any = PolicyGoal(role.backend, Reinforce(), role) if isinstance(role, HeadRole) else role
-    learner._backward(goal.loss, goal.prepare(batch), role.backend)
+    goal: Any = role
+    if isinstance(role, HeadRole):
+        goal = PolicyGoal(role.backend, Reinforce(), learner.annotate, learner.slots["rl"].counts, role)
+    minibatch = goal.prepare(batch.to(learner.device))
+    accumulate(role.backend, goal.loss, minibatch, learner.config.micro_batch_tokens)
     return {n: p.grad.clone() for n, p in role.backend.trained.items() if p.grad is not None}
 
 
