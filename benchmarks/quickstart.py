@@ -27,7 +27,7 @@ def measure(recipe: str, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"run.output={folder}", f"run.name={recipe}"]
         if quick:
-            settings += ["stages.0.steps=5", "stages.1.steps=2", "stages.1.prompts_per_step=8"]
+            settings += ["stages.0.steps=80", "stages.1.steps=2", "stages.1.prompts_per_step=8"]
         command = [sys.executable, "-m", "alignment", "train", str(ROOT / f"recipes/{recipe}.yaml")]
         started = time.monotonic()
         words = [word for setting in settings for word in ("--set", setting)]

@@ -294,7 +294,10 @@ def test_unscored_rollouts_are_left_out_of_an_evaluation_and_counted():
     assert (found.accuracy, found.problems, found.unscored) == (0.5, 1, 2)
     longer = replace(also_failed, token_ids=(*also_failed.token_ids, 7), finish_reason="length")
     same = summarise_evaluation([replace(judged, rollouts=(*judged.rollouts[:3], longer))])
-    assert same.metrics == found.metrics and set(found.metrics) == {"length", "truncated", "reward/a"}
+    of_scored, tokens = ("length", "truncated", "reward/a"), {"prompt_tokens", "completion_tokens"}
+    assert all(same.metrics[name] == found.metrics[name] for name in of_scored)
+    assert set(found.metrics) == {*of_scored, *tokens}
+    assert same.metrics["completion_tokens"] == found.metrics["completion_tokens"] + 1, "what it cost counts all"
     nothing = summarise_evaluation([replace(judged, rollouts=judged.rollouts[2:3])])
     assert nothing.accuracy != nothing.accuracy and nothing.problems == 0, "no verdict is no accuracy of 0"
 
