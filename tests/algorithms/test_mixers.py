@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ AT = Context(step=3, seed=7)
 NAN = math.nan
 
 
-def rollout(name: str, reward: float | None, source="policy") -> Rollout:
+def rollout(name: str, reward: float | None, source: Literal["policy", "demonstration"] = "policy") -> Rollout:
     scores = {} if reward is None else {"match": Score(reward, "ok" if reward >= 1 else "wrong")}
     base = "self" if source == "demonstration" else "old"
     none = SamplingParams(1)
@@ -98,7 +99,7 @@ def test_imitation_is_a_token_mean_beside_any_aggregation(make_batch, aggregatio
     scale_BT = alone.prepare(credit(batch, Algorithm(advantage=DrGrpo()), {})).scale_BT
     assert scale_BT is not None
     torch.testing.assert_close(scale_BT[4:], batch.loss_mask_BT[4:].float() / 6)
-    torch.testing.assert_close(scale_BT[:4], aggregation.scale(batch.loss_mask_BT[:4])), "not diluted"
+    torch.testing.assert_close(scale_BT[:4], aggregation.scale(batch.loss_mask_BT[:4]), msg="not diluted")
 
 
 def test_rollouts_alone_are_what_they_were_bit_for_bit(make_batch):
@@ -155,7 +156,7 @@ def test_the_loss_of_a_mixed_batch_is_that_of_its_rollouts_plus_c_times_that_of_
     both, gradient_BT = losses(batch, Hpt(sft_coefficient=0.3))
     assert both == pytest.approx(rl + 0.3 * sft)
     _, alone_BT = losses(batch.rows([0, 1, 2, 3]), Hpt())
-    torch.testing.assert_close(gradient_BT[:4], alone_BT), "demonstrations do not dilute"
+    torch.testing.assert_close(gradient_BT[:4], alone_BT, msg="demonstrations do not dilute")
 
 
 def test_it_hangs_on_no_split(make_batch):

@@ -100,7 +100,7 @@ def test_where_base_and_advantage_of_the_estimator_are_equal_so_are_gradients(ma
     _, alone = objective_of(Srft(), batch.rows([2]), logp_BT[2:], entropy_BT=logp_BT[2:] * 0)
     likelihood = -batch.loss_mask_BT[2:].float() / 4  # the token mean of -log p
     torch.testing.assert_close(alone, 0.5 * likelihood)
-    torch.testing.assert_close(found[0][2:], alone), "and rollouts do not dilute it"
+    torch.testing.assert_close(found[0][2:], alone, msg="and rollouts do not dilute it")
 
 
 # SRFT
