@@ -14,6 +14,8 @@ ENTROPY_SHARE = 0.2
 SOLVED = 0.9
 """Accuracy from which a policy may be certain."""
 DEAD_SHARE = 0.7
+NEARLY_SOLVED = 0.8
+"""Accuracy from which groups without a difference are what success looks like."""
 TRUNCATED_SHARE = 0.2
 MISMATCH_NATS = 0.02
 """Of KL per token; bfloat16 against float32 gives some 0.001."""
@@ -87,7 +89,7 @@ def _entropy_collapse(w: Window) -> str | None:
 
 def _dead_groups(w: Window) -> str | None:
     dead = w["zero_variance"]
-    if not dead > DEAD_SHARE or w.highest("advantage_abs") < SIGNAL:
+    if not dead > DEAD_SHARE or w["accuracy"] >= NEARLY_SOLVED or w.highest("advantage_abs") < SIGNAL:
         return None
     why = "mostly solved" if w["accuracy"] > 0.5 else "mostly failed"
     return f"in {dead:.0%} of the groups all rewards are equal ({why}: accuracy {w['accuracy']:.0%})"

@@ -85,6 +85,10 @@ def test_a_certain_policy_that_is_right_is_no_trouble():
     assert after(Alarms(2), {}, {}, *[{"entropy": 0.01, "accuracy": 0.95}] * 3) == []
 
 
+def test_groups_of_a_task_that_is_nearly_solved_need_not_differ():
+    assert after(Alarms(2), *[{"zero_variance": 0.9, "accuracy": 0.85}] * 3) == []
+
+
 def test_groups_need_not_differ_where_a_critic_is_the_baseline():
     assert after(Alarms(2), *[{"zero_variance": 1.0}] * 3, of_groups=False) == []
 
