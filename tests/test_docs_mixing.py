@@ -2,16 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 import alignment
 from alignment.algorithms.mixers import mixers
 from alignment.recipe import OnlineStage, load
 from tests.test_train import Recorder
-from tests.tiny import RECIPE, SUMS, merged
+from tests.tiny import SUMS, laid_over
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/mixing.md").read_text(encoding="utf-8")
@@ -22,17 +20,7 @@ NAMES = ["hpt", "hpt", "relift", "blend", "luffy", "srft", "lottery"]
 
 def written(text: str, folder: Path) -> Path:
     """A recipe of the page laid over the tiny one."""
-    given: Any = YAML(typ="safe").load(text)
-    (online,) = given.pop("stages")
-    same = {"demonstrations": SUMS | {"split": "train"}}
-    values = merged(RECIPE, {"run": {"output": str(folder / "runs")}, "data": same} | given)
-    values["stages"] = [merged(RECIPE["stages"][1], online)]
-    for name, source in FILES:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(source)
-    with (folder / "recipe.yaml").open("w") as file:
-        YAML().dump(values, file)
-    return folder / "recipe.yaml"
+    return laid_over(text, folder, {"data": {"demonstrations": SUMS | {"split": "train"}}}, FILES)
 
 
 def test_the_page_has_what_this_test_follows():

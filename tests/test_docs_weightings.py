@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 import alignment
 from alignment.algorithms.weightings import weightings
 from alignment.recipe import OnlineStage, load
 from tests.test_train import Recorder
-from tests.tiny import RECIPE, merged
+from tests.tiny import laid_over
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/weightings.md").read_text(encoding="utf-8")
@@ -23,16 +22,7 @@ PLAIN = [{"name": "exact_match"}, {"name": "format", "pattern": "[0-9].*"}]
 
 def written(text: str, folder: Path) -> Path:
     """A recipe of the page laid over the tiny one."""
-    given: Any = YAML(typ="safe").load(text)
-    (online,) = given.pop("stages")
-    values = merged(RECIPE, {"run": {"output": str(folder / "runs")}, "rewards": PLAIN} | given)
-    values["stages"] = [merged(RECIPE["stages"][1], online)]
-    for name, source in FILES:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(source)
-    with (folder / "recipe.yaml").open("w") as file:
-        YAML().dump(values, file)
-    return folder / "recipe.yaml"
+    return laid_over(text, folder, {"rewards": PLAIN}, FILES)
 
 
 def test_the_page_has_what_this_test_follows():

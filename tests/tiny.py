@@ -1,6 +1,6 @@
 """A whole job that takes a second: a two-layer model that adds one-digit numbers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +86,20 @@ def write(folder: Path, change: Mapping[str, Any] | None = None) -> Path:
 def tiny(folder: Path, change: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe, with ``change`` merged in."""
     return load([write(folder, change)])
+
+
+def laid_over(text: str, folder: Path, change: Mapping[str, Any], files: Iterable[tuple[str, str]]) -> Path:
+    """A page's recipe of one online stage, laid over the tiny one and ``change``, beside the page's ``files``."""
+    given: Any = YAML(typ="safe").load(text)
+    (online,) = given.pop("stages")
+    values = merged(RECIPE, {"run": {"output": str(folder / "runs")}, **change} | given)
+    values["stages"] = [merged(RECIPE["stages"][1], online)]
+    for name, source in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(source)
+    with (folder / "recipe.yaml").open("w") as file:
+        YAML().dump(values, file)
+    return folder / "recipe.yaml"
 
 
 @contextmanager
