@@ -9,7 +9,7 @@ from alignment.algorithms.value_losses import Scalar, ValueLoss, value_losses
 from alignment.engines.roles import RoleSpec
 from alignment.errors import UserError
 from alignment.origin import Origin
-from alignment.recipe_sections import ModelConfig, beside_or_here
+from alignment.recipe_sections import ModelConfig, folder_beside
 from alignment.registry import Registry, component, option
 from alignment.types import keyed_seed
 
@@ -97,7 +97,7 @@ class ModelCritic:
         return ValueRoleSpec(
             shape=ValueShape(self.loss, self.head, len(here.streams)),
             origin=origin,
-            start=None if self.start is None else _found(self.start, here.folder),
+            start=None if self.start is None else folder_beside(self.start, here.folder),
             options={name: value for name, value in options.items() if value is not None},
             epochs=self.epochs or here.epochs,
             minibatches=self.minibatches or here.minibatches,
@@ -134,9 +134,3 @@ class ReadOut:
     def role(self, circumstances: Circumstances) -> str:
         """See :class:`Critic`."""
         return "critic"
-
-
-def _found(path: str, beside: Path) -> Path:
-    if (place := beside_or_here(path, beside)) is None or not place.is_dir():
-        raise UserError(f"start: there is no folder {path} beside the recipe or in the working directory")
-    return place

@@ -3,9 +3,10 @@
 Some rollouts of each group are sampled with value-augmented decoding (Value Augmented Sampling for Language Model
 Alignment and Personalization, arXiv 2405.06639). They are not the policy's own. With ``mixed_group`` they count in
 the group's baseline like the others, and the correction weighs each of their tokens by ``min(pi / mu, cap)``, where
-``mu`` is the tilted distribution that they were recorded with. With ``demonstrations`` they are left out, except where
-the policy's own rollouts of a prompt all failed: there the correct ones are imitated, and nothing else of the group is
-trained on. Both are this project's design.
+``mu`` is the tilted distribution that they were recorded with; a critic, whose values are the policy's own, is not
+fitted to them. With ``demonstrations`` they are left out, except where the policy's own rollouts of a prompt all
+failed: there the correct ones are imitated, and nothing else of the group is trained on. Both are this project's
+design.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from alignment.algorithms.decodings import Decoding, ValueAugmented, decodings
-from alignment.errors import UserError
-from alignment.recipe_sections import Count, Section, beside_or_here
+from alignment.recipe_sections import Count, Section, folder_beside
 from alignment.registry import component
 from alignment.types import Group, Rollout, SamplingParams
 
@@ -36,7 +36,9 @@ class Guidance(Section):
             UserError: A folder is in neither.
         """
         assert isinstance(self.decoding, ValueAugmented), "recipe checks see to it"
-        return replace(self.decoding, models=tuple(str(_found(path, folder)) for path in self.decoding.addresses))
+        return replace(
+            self.decoding, models=tuple(str(folder_beside(path, folder)) for path in self.decoding.addresses)
+        )
 
     def params(self, plain: SamplingParams, group_size: int) -> list[SamplingParams]:
         """The parameters of each rollout of a group: the steered ones come last."""
@@ -70,7 +72,7 @@ def guided_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def is_guided(rollout: Rollout) -> bool:
     """Whether its tokens were drawn from a steered distribution."""
-    return any(rollout.sampling.tilt)
+    return rollout.source == "steered"
 
 
 def _own_or_found(group: Group) -> tuple[Rollout, ...]:
@@ -79,9 +81,3 @@ def _own_or_found(group: Group) -> tuple[Rollout, ...]:
         return own
     found: list[Any] = [r for r in group.rollouts if is_guided(r) and r.correct]
     return tuple(replace(r, source="demonstration", ratio_base="self") for r in found) or own
-
-
-def _found(path: str, beside: Path) -> Path:
-    if (place := beside_or_here(path, beside)) is None or not place.is_dir():
-        raise UserError(f"guidance.decoding: there is no folder {path} beside the recipe or in the working directory")
-    return place

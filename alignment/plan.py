@@ -13,13 +13,13 @@ from alignment.cluster_plan import Hardware, Load, StageOnCluster
 from alignment.cluster_remedies import planned
 from alignment.critics import ModelCritic
 from alignment.data.files import DatasetSource
-from alignment.data.hub import names_folder
 from alignment.data.load import SECTIONS, Section, accepted, longest_prompt, read_section
 from alignment.errors import UserError
 from alignment.model_size import max_positions, memory_bytes
 from alignment.models import load_tokenizer
 from alignment.positions import demands, too_long
 from alignment.recipe import ModelConfig, Recipe, RolloutStage, SftStage, Stage
+from alignment.recipe_folders import missing_folders
 from alignment.recipe_tree import Problem, RecipeError
 from alignment.registry import REGISTRIES
 from alignment.types import Prompt
@@ -91,9 +91,7 @@ def make_plan(recipe: Recipe, hardware: Hardware | None = None) -> Plan:
     """
     model = recipe.located_model()
     data, problems = _data(recipe)
-    if model.path is not None and names_folder(model.path) and not Path(model.path).is_dir():
-        message = f"there is no folder {model.path}, neither beside the recipe in {recipe.folder} nor in {Path.cwd()}"
-        problems += recipe.error(("model", "path"), message).problems
+    problems += missing_folders(recipe)
     problems = problems or _lengths(recipe, model, data)
     if problems:
         raise RecipeError(problems)

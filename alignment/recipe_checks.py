@@ -277,6 +277,9 @@ def _values(stage: "Rollouts", place: Place) -> Iterator[Conflict]:
     if asked is not None and critics.name_of(asked) == "read_out" and kind not in ("model", "head"):
         message = "'read_out' reads the critic, and this stage has none: give it a critic, or use 'model'"
         yield Conflict((*place, "prompt_value"), message, (here,))
+    elif asked is not None and critics.name_of(asked) == "read_out" and stage.streams:
+        message = "'read_out' is one number, and this critic has a value for each reward component: use 'model'"
+        yield Conflict((*place, "prompt_value"), message, ((*place, "algorithm", "weighting"),))
     if getattr(asked, "head", "state") == "vocabulary":
         yield Conflict((*place, "prompt_value", "head"), "'vocabulary' has no value of a prompt's end: use 'state'")
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError, to_json
 
 from alignment.data import files, procedural, reasoning_gym  # noqa: F401 - they register sources
 from alignment.data.sources import Source, sources
+from alignment.errors import UserError
 from alignment.registry import component
 from alignment.reward_registry import RewardFunction, RewardSpec, reward_functions
 from alignment.types import SamplingParams
@@ -151,6 +152,17 @@ def beside_or_here(path: str, beside: Path) -> Path | None:
     """``path`` in full: in ``beside``, the recipe's folder, or else in the working directory; None if in neither."""
     places = [folder / Path(path).expanduser() for folder in (beside, Path.cwd())]
     return next((place.resolve() for place in places if place.exists()), None)
+
+
+def folder_beside(path: str, beside: Path) -> Path:
+    """A folder that is there, in full: :func:`beside_or_here`.
+
+    Raises:
+        UserError: It is in neither place.
+    """
+    if (place := beside_or_here(path, beside)) is None or not place.is_dir():
+        raise UserError(f"there is no folder {path}, neither beside the recipe in {beside} nor in {Path.cwd()}")
+    return place
 
 
 class ModelConfig(Section):

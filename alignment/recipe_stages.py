@@ -1,7 +1,7 @@
 """The stages of a recipe, as typed, frozen records. ``alignment.recipe`` puts them together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from alignment.engines.roles import RoleSpec
 from alignment.environments import Environment, environments
 from alignment.guidance import Guidance
 from alignment.recipe_sections import Choice, Count, Label, Sampling, Section
+from alignment.recipe_tree import Place
 from alignment.registry import Registry, component
 from alignment.types import Group, SamplingParams
 
@@ -149,6 +150,18 @@ class RolloutStage(Section, ABC):
         """Whether any component compares the policy with a reference."""
         return "reference" in self.credited.needs
 
+    @property
+    def streams(self) -> bool:
+        """Whether its critic has a value for each reward component."""
+        return bool(getattr(self.credited.weighting, "streams", False))
+
+    def folders(self) -> Iterator[tuple[Place, str]]:
+        """Folders of models that are there before it begins, by their place in the stage."""
+        own = "critic" if isinstance(self, OnlineStage) else "value_model"
+        for name, critic in {own: self.values, "prompt_value": self.prompt_value}.items():
+            if (start := getattr(critic, "start", None)) is not None:
+                yield (name, "start"), start
+
     def components(self) -> dict[str, Any]:
         """Its components by their place, the key of their state."""
         return {**places(self.curricula), **self.credited.components()}
@@ -161,7 +174,7 @@ class RolloutStage(Section, ABC):
             objectives: Names of the reward components.
         """
         algorithm, roles = self.credited, dict[str, RoleSpec | str]()
-        streams = objectives if getattr(algorithm.weighting, "streams", False) else ()
+        streams = objectives if self.streams else ()
         for name, critic in {"critic": self.values, "prompt_value": self.prompt_value}.items():
             if critic is not None:
                 assert site.model.origin is not None, "a model of a recipe has an origin"
@@ -207,6 +220,12 @@ class OnlineStage(RolloutStage):
     def values(self) -> Critic | None:
         """The critic."""
         return self.critic
+
+    def folders(self) -> Iterator[tuple[Place, str]]:
+        """Those of value models, and of what guides."""
+        yield from super().folders()
+        if self.guidance is not None:
+            yield from ((("guidance", "decoding", "models"), path) for path in self.guidance.decoding.addresses)
 
     def decoding(self, folder: Path) -> Decoding | None:
         """The guidance's, with its models' folders in full."""

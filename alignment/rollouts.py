@@ -261,6 +261,7 @@ def _seal(episode: _Episode, sampler: str) -> Rollout:
         sampler=sampler,
         sampling=episode.params,
         versions=episode.versions,
+        source="steered" if any(episode.params.tilt) else "policy",
         turns=episode.turns,
         scores=episode.scores,
     )

@@ -20,6 +20,7 @@ from alignment.online import train_online
 from alignment.origin import Origin, copy_policy
 from alignment.positions import max_positions, too_long
 from alignment.recipe import OnlineStage, Recipe, RecipeError, RolloutStage, Stage, differences, load
+from alignment.recipe_folders import missing_folders
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
@@ -84,6 +85,8 @@ def train(
         if run.result.exists() and _is_complete(recipe, state):
             log.warning("%s is complete at step %d; --fresh starts it again", run.folder, state.step)
             return {**run.read_result(), "exit_code": 0}
+        if missing := missing_folders(recipe, state.stage):
+            raise RecipeError(missing)
         for warning in recipe.warnings:
             log.warning("%s", warning)
         run.write_recipe(recipe.resolved(), recipe.folder)

@@ -28,7 +28,7 @@ from alignment.score import FAILED, Score
 from alignment.score import Status as Status
 
 FinishReason = Literal["stop", "length", "abort"]
-SOURCES = ("policy", "demonstration", "replay")
+SOURCES = ("policy", "demonstration", "replay", "steered")
 RATIO_BASES = ("old", "self", "one")
 
 
@@ -121,7 +121,8 @@ class Rollout:
     sampler: str
     sampling: SamplingParams
     versions: tuple[tuple[int, int], ...]
-    source: Literal["policy", "demonstration", "replay"] = "policy"
+    source: Literal["policy", "demonstration", "replay", "steered"] = "policy"
+    """Who drew the tokens; ``steered``: the policy with the help of other models."""
     ratio_base: Literal["old", "self", "one"] = "old"
     turns: tuple[tuple[str, int, int], ...] = ()
     """``(role, start, end)`` spans of ``token_ids``: role is assistant or observation."""

@@ -11,7 +11,6 @@ import alignment
 from alignment.algorithms.decodings import ValueAugmented
 from alignment.algorithms.value_losses import Scalar
 from alignment.engines.value_model import ValueModel, ValueShape, save_value_model
-from alignment.errors import UserError
 from alignment.guidance import Guidance, guided_metrics
 from alignment.origin import Origin
 from alignment.recipe import RecipeError
@@ -29,6 +28,7 @@ def group(*verdicts: tuple[bool, bool | None], uid: int = 0) -> Group:
     for i, (steered, right) in enumerate(verdicts):
         score = Score(None, "error", "no") if right is None else Score(float(right), "ok" if right else "wrong")
         made = rollout(f"{uid}.{i}", GUIDED if steered else PLAIN)
+        made = replace(made, source="steered" if steered else "policy")
         rollouts.append(replace(made, scores={"right": score}, reward=None if right is None else float(right)))
     return Group(uid, Prompt("p", {"prompt": "1+1="}), tuple(rollouts))
 
@@ -56,7 +56,7 @@ def kept(use: Any, *groups: Group) -> list[list[str]]:
 
 
 def test_a_mixed_group_keeps_everything():
-    assert kept("mixed_group", group((False, True), (True, False))) == [["0.0 policy", "0.1 policy"]]
+    assert kept("mixed_group", group((False, True), (True, False))) == [["0.0 policy", "0.1 steered"]]
 
 
 def test_what_was_found_is_imitated_where_all_others_failed():
@@ -157,5 +157,5 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, stage, message):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="there is no folder nowhere beside the recipe"):
+    with pytest.raises(RecipeError, match="stages.1.guidance.decoding.models: there is no folder nowhere"):
         run(tmp_path, {"decoding": {"name": "value_augmented", "models": "nowhere"}})

@@ -19,6 +19,7 @@ PPO: dict[str, Any] = {
     "algorithm": {"advantage": "gae", "epochs": 2, "minibatches": 2},
     "critic": {"name": "model", "lr": 1e-2},
 }
+STREAMS = {"name": "lagrangian", "thresholds": {"format": 0.5}}
 VALUE: dict[str, Any] = {
     "stage": "value",
     "name": "value",
@@ -127,7 +128,7 @@ def test_what_was_exported_is_another_stages_critic(tmp_path):
     with pytest.raises(UserError, match="is a value model with .*Scalar.*; the recipe asks for .*HlGauss"):
         alignment.train(tiny(tmp_path, changed(wrong, run={"name": "third"})))
     missing = {**PPO, "critic": {"name": "model", "start": "nowhere"}}
-    with pytest.raises(UserError, match="there is no folder nowhere beside the recipe"):
+    with pytest.raises(RecipeError, match="stages.1.critic.start: there is no folder nowhere"):
         alignment.train(tiny(tmp_path, changed(missing, run={"name": "fourth"})))
 
 
@@ -167,6 +168,10 @@ def test_a_value_model_needs_the_policys_vocabulary(tmp_path):
             "pretraining_steps: 4 leaves the policy none of the stage's 4 steps",
         ),
         ({"prompt_value": "read_out"}, "reads the critic, and this stage has none"),
+        (
+            {**PPO, "prompt_value": "read_out", "algorithm": {"advantage": "gae", "weighting": STREAMS}},
+            "'read_out' is one number, and this critic has a value for each reward component",
+        ),
         ({"prompt_value": "head"}, "'head' learns with the policy"),
         (merged(VALUE, {"value_model": {"loss": "hl_gauss", "head": "vocabulary"}}), "must be 'scalar'"),
         ({**VALUE, "value_model": "head"}, "learns in the steps of the policy, which rests"),

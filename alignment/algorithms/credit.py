@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alignment.algorithms.advantages import Advantage
 from alignment.algorithms.algorithm import Algorithm
-from alignment.algorithms.demonstrations import is_demonstration, is_imitated
+from alignment.algorithms.demonstrations import is_demonstration, is_imitated, is_steered
 from alignment.algorithms.weightings import Scalarisation, StreamMix, weighted_sum
 from alignment.types import Batch
 
@@ -110,6 +110,6 @@ def _stream(batch: Batch, k: int) -> Batch:
 
 
 def _returns(advantage: Advantage, batch: Batch) -> Tensor | None:
-    """Targets for a critic; only some advantages define them."""
+    """Targets for a critic, of what the policy does by itself; only some advantages define them."""
     make = getattr(advantage, "returns", None)
-    return None if make is None else make(batch)
+    return None if make is None else torch.where(is_steered(batch)[:, None], torch.nan, make(batch))

@@ -10,6 +10,11 @@ def is_demonstration(batch: Batch) -> Tensor:
     return batch.source_B == SOURCES.index("demonstration")
 
 
+def is_steered(batch: Batch) -> Tensor:
+    """``[B]`` bool: rows that the policy sampled with the help of other models."""
+    return batch.source_B == SOURCES.index("steered")
+
+
 def is_imitated(batch: Batch) -> Tensor:
     """``[B]`` bool: demonstrations to be learned as they are, with advantage 1 and outside every baseline.
 

@@ -21,7 +21,7 @@ def component_means(groups: Sequence[Group]) -> dict[str, float]:
     Demonstrations and rollouts that were steered while they were sampled are left out.
     """
     values: defaultdict[str, list[float]] = defaultdict(list)
-    for rollout in (r for g in groups for r in g.rollouts if r.source == "policy" and not any(r.sampling.tilt)):
+    for rollout in (r for g in groups for r in g.rollouts if r.source == "policy"):
         for name, score in rollout.scores.items() if rollout.scored else ():
             if score.value is not None:
                 values[name].append(score.value)

@@ -6,7 +6,7 @@ dimensions, such as ``[B, T]``.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Protocol, runtime_checkable
 
@@ -65,7 +65,9 @@ class Scalar:
     is ``V`` kept within ``c`` of the value before the update.
     """
 
-    clip: Annotated[float | None, option("distance that a value may move in one batch; null: any", gt=0)] = None
+    clip: Annotated[float | None, option("distance that a value may move in one batch; null: any", gt=0)] = field(
+        default=None, compare=False
+    )  # no part of what a head puts out means something else with it
 
     @property
     def outputs(self) -> int:

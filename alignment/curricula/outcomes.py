@@ -13,7 +13,7 @@ def share_correct(rollouts: Sequence[Rollout]) -> float | None:
 
 def own(group: Group) -> list[Rollout]:
     """The scored rollouts that the policy drew by itself, without guidance: what says how well *it* does."""
-    return [r for r in group.rollouts if r.scored and not r.sampling.tilt]
+    return [r for r in group.rollouts if r.scored and r.source != "steered"]
 
 
 def pass_rate(group: Group) -> float | None:

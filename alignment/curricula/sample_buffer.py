@@ -89,5 +89,7 @@ def _magnitudes(batch: Batch) -> dict[int, float]:
 
 def _again(group: Group, step: int) -> Group:
     """The group as replayed at ``step``. Its rollouts get ids of their own, and with them random choices."""
-    rollouts = [replace(r, source="replay", id=f"{r.id}@{step}") for r in group.rollouts]
+    rollouts = [
+        replace(r, source="replay" if r.source == "policy" else r.source, id=f"{r.id}@{step}") for r in group.rollouts
+    ]
     return Group(group.uid, group.prompt, tuple(rollouts))

@@ -31,9 +31,9 @@ def gram(*gradients: tuple[float, ...]) -> torch.Tensor:
     return g_KN @ g_KN.T
 
 
-def rollout(source: Any = "policy", tilt: tuple[float, ...] = (), **values: float | None) -> Rollout:
+def rollout(source: Any = "policy", **values: float | None) -> Rollout:
     scores = {name: Score(value, "ok" if value is not None else "skipped") for name, value in values.items()}
-    params = SamplingParams(max_tokens=1, tilt=tilt)
+    params = SamplingParams(max_tokens=1)
     return Rollout(
         "r", "p", (1,), (2,), (True,), (0.0,), "", "stop", 0, "s", params, ((0, 0),), source=source, scores=scores
     )
@@ -181,7 +181,7 @@ def test_multipliers_have_momentum_and_a_clipped_gradient():
 
 
 def test_multipliers_look_at_the_policys_own_scored_rollouts():
-    own, steered = rollout(a=1.0), rollout(a=9.0, tilt=(2.0,))
+    own, steered = rollout(a=1.0), rollout(a=9.0, source="steered")
     shown = rollout(a=9.0, source="demonstration")
     failed = replace(rollout(a=9.0), scores={"a": Score(9.0, "ok"), "b": Score(None, "error")})
     group = Group(0, Prompt("p", {"prompt": ""}), (own, steered, shown, failed, rollout(a=0.0, b=None)))

@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import torch
 
-from alignment.algorithms.advantages import Advantage, DrGrpo, ReinforcePp, advantages
+from alignment.algorithms.advantages import Advantage, DrGrpo, Gae, ReinforcePp, advantages
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.credit import credit
 from alignment.algorithms.kl_penalties import K1
+from alignment.algorithms.values import batch_metrics
 
 NAN = math.nan
 DR = Algorithm(advantage=DrGrpo())
@@ -164,6 +165,16 @@ class Halve:
 
     def coefficients(self, state, batch):
         return torch.where(batch.source_B == 1, state["c"], 1.0)
+
+
+def test_a_critic_is_fitted_to_what_the_policy_does_by_itself(make_batch):
+    sources = ["policy", "steered", "policy"]
+    batch = make_batch([[1.0], [0.0], [NAN]], [2, 3, 2], sources=sources, scored=[True, True, False])
+    batch = replace(batch, values_BT=torch.zeros(batch.ids_BT.shape))
+    credited = credit(batch, Algorithm(advantage=Gae(normalise="none")), {})
+    assert credited.returns_BT is not None and credited.adv_BT is not None
+    assert (~credited.returns_BT.isnan()).any(1).tolist() == [True, False, False]
+    assert (credited.adv_BT[0] != 0).any() and batch_metrics(credited)["critic/bias"] < 0
 
 
 def test_the_mixer_weighs_rows(make_batch):
