@@ -271,7 +271,7 @@ def test_a_reward_that_always_hangs_is_given_up(scorer: Callable[..., Scorer]) -
     assert {v for g in scored for v in verdicts(g)} == {(None, "timeout")}
     assert {v for g in scored for v in verdicts(g, "scaled")} == {(5.0, "ok")}
     assert "not tried after" in scored[-1].rollouts[-1].scores["reward"].detail
-    assert took_s < 20.0, "one after the other they would take 96 s"
+    assert took_s < 48.0, "one after the other they would take 96 s, and here there are two at a time at least"
 
 
 def test_a_slow_function_is_cut_short_once_only(scorer: Callable[..., Scorer]) -> None:
