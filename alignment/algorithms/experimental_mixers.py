@@ -1,18 +1,18 @@
 """Mixers whose published results should not be relied on: AMFT and GRAO. Each docstring says what is known."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from alignment.algorithms.demonstrations import is_demonstration, is_imitated
-from alignment.algorithms.mixers import Demonstrations, drawn, mixers
+from alignment.algorithms.mixers import Demonstrations, Joining, drawn, mixers
 from alignment.algorithms.weightings import weighted_sum
 from alignment.errors import UserError
 from alignment.registry import option
-from alignment.types import Batch, Context, Group, Signals
+from alignment.types import Batch, Context, Group, Rollout, Signals
 
 
 def meta_gradient(val_P: Tensor, sft_P: Tensor, rl_P: Tensor, lr: float, cosine: bool = False) -> float:
@@ -109,7 +109,7 @@ class Amft:
     evidence="end to end",
 )
 @dataclass(frozen=True)
-class Grao:
+class Grao(Joining):
     """Experimental. GRAO: rollouts and a demonstration, each by its own normalised advantage.
 
     Maximised, with ``l(z)`` the mean log-probability of a sequence, over the G rollouts ``o_i`` and the demonstration
@@ -137,17 +137,8 @@ class Grao:
         Literal["rollouts", "all"], option("whose rewards make mean and std: without the demonstration, or with it")
     ] = "rollouts"
 
-    def asks(self, group: Group) -> bool:
-        """Of every prompt."""
-        return True
-
-    def route(
-        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
-    ) -> Mapping[str, list[Group]]:
-        def joined(group: Group) -> Group:
-            return replace(group, rollouts=(*group.rollouts, *demonstrations.get(group.prompt.key, ())[:1]))
-
-        return {"rl": [joined(group) for group in groups]}
+    def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
+        return shown[:1]
 
     def advantages(self, state: Any, batch: Batch) -> Tensor:
         """``(1 + lam) A_i`` of rollouts and ``beta A_y``, or ``(beta + lam / G) A_y``, of demonstrations."""

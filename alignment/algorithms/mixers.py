@@ -70,6 +70,25 @@ class NoMix:
         return None
 
 
+class Joining:
+    """A mixer that has demonstrations of every prompt join its group: :meth:`joins` says which, and as what."""
+
+    def asks(self, group: Group) -> bool:
+        """Of every prompt."""
+        return True
+
+    def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
+        """What joins the rollouts of a prompt with the demonstrations ``shown``."""
+        raise NotImplementedError
+
+    def route(
+        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
+    ) -> Mapping[str, list[Group]]:
+        """All groups, each with what joins it; one without demonstrations stays as it is."""
+        joined = ((g, self.joins(demonstrations.get(g.prompt.key, ()))) for g in groups)
+        return {"rl": [replace(group, rollouts=(*group.rollouts, *more)) for group, more in joined]}
+
+
 @mixers.register("blend", source="this project", evidence="end to end")
 @dataclass(frozen=True)
 class Blend:

@@ -1,6 +1,6 @@
 """Mixers whose demonstrations are judged in the group of the policy's rollouts, by the rewards that they earn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms.demonstrations import is_demonstration, is_imitated
-from alignment.algorithms.mixers import Demonstrations, mixers
+from alignment.algorithms.mixers import Joining, mixers
 from alignment.registry import option
-from alignment.types import Batch, Context, Group, Rollout
+from alignment.types import Batch, Rollout
 
 
 @mixers.register(
@@ -19,7 +19,7 @@ from alignment.types import Batch, Context, Group, Rollout
     evidence="end to end",
 )
 @dataclass(frozen=True)
-class Luffy:
+class Luffy(Joining):
     """LUFFY: every prompt's demonstrations join its group, are judged there, and are learned with policy shaping.
 
     The advantage is that of the group, demonstrations included. Nobody knows what distribution a demonstration was
@@ -39,18 +39,8 @@ class Luffy:
     shaping: Annotated[float | None, option("gamma of p / (p + gamma); null: p itself", gt=0)] = 0.1
     demonstrations_per_prompt: Annotated[int, option("demonstrations that join a group, at most", ge=1)] = 1
 
-    def asks(self, group: Group) -> bool:
-        """Of every prompt."""
-        return True
-
-    def route(
-        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
-    ) -> Mapping[str, list[Group]]:
-        def joined(group: Group) -> Group:
-            shown = demonstrations.get(group.prompt.key, ())[: self.demonstrations_per_prompt]
-            return replace(group, rollouts=(*group.rollouts, *map(judged, shown)))
-
-        return {"rl": [joined(group) for group in groups]}
+    def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
+        return [judged(rollout) for rollout in shown[: self.demonstrations_per_prompt]]
 
     def coefficients(self, state: Any, batch: Batch) -> None:
         return None
@@ -63,7 +53,7 @@ class Luffy:
     evidence="end to end",
 )
 @dataclass(frozen=True)
-class Srft:
+class Srft(Joining):
     """SRFT: imitation, off-policy and on-policy terms at once, weighed by the entropy of each sequence.
 
     ``H`` is the mean entropy of a sequence's tokens under the policy before the update, in nats, without gradient:
@@ -85,18 +75,8 @@ class Srft:
     rl: Annotated[float, option("of exp(H), for correct rollouts", ge=0)] = 0.1
     shaping: Annotated[float | None, option("gamma of p / (p + gamma); null: p itself", gt=0)] = 0.1
 
-    def asks(self, group: Group) -> bool:
-        """Of every prompt."""
-        return True
-
-    def route(
-        self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context
-    ) -> Mapping[str, list[Group]]:
-        def joined(group: Group) -> Group:
-            shown = demonstrations.get(group.prompt.key, ())[:1]
-            return replace(group, rollouts=(*group.rollouts, *shown, *map(judged, shown)))
-
-        return {"rl": [joined(group) for group in groups]}
+    def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
+        return [*shown[:1], *map(judged, shown[:1])]
 
     def advantages(self, state: Any, batch: Batch) -> Tensor:
         """1 and -1 for rollouts."""
