@@ -1,8 +1,11 @@
-"""Curricula that do not go together: what a recipe may not do, and what it may do and hardly should."""
+"""Curricula that do not go together, and controls that do nothing: what a recipe may not do, and what it may do and
+hardly should."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.entropy_controls import entropy_controls
 from alignment.curricula import curricula, remarks
 from alignment.recipe_checks import Conflict
 from alignment.recipe_tree import Place
@@ -31,3 +34,18 @@ def advice(recipe: "Recipe") -> Iterator[Conflict]:
         if stage.stage != "sft":
             place: Place = ("stages", index, "curricula")
             yield from (Conflict(place, text) for verdict, text in remarks(stage.curricula) if verdict == "warns")
+        if stage.stage == "online":
+            yield from _asleep(stage.credited, ("stages", index, "algorithm"))
+
+
+def _asleep(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:
+    """Controls that look at how far the policy is from the one before the batch, where every batch has one update."""
+    if algorithm.epochs * algorithm.minibatches > 1:
+        return
+    for number, control in enumerate(algorithm.entropy_controls):
+        if getattr(control, "several_updates", False):
+            message = (
+                f"'{entropy_controls.name_of(control)}' does nothing here: it holds the policy to the one before the "
+                "batch, and with one update per batch the two are the same; set algorithm.minibatches or epochs above 1"
+            )
+            yield Conflict((*place, "entropy_controls", number), message)

@@ -63,8 +63,8 @@ def test_the_recipes_load(number: int, tmp_path: Path) -> None:
     values["stages"][1]["algorithm"] = YAML(typ="safe").load(RECIPES[number])["algorithm"]
     with (tmp_path / "recipe.yaml").open("w") as file:
         YAML().dump(values, file)
-    _, stage = load([tmp_path / "recipe.yaml"]).stages
-    assert isinstance(stage, OnlineStage)
+    recipe = load([tmp_path / "recipe.yaml"])
+    assert isinstance(recipe.stages[1], OnlineStage) and recipe.warnings == []
 
 
 def test_the_tables_name_what_there_is() -> None:

@@ -268,3 +268,18 @@ def test_what_concerns_other_values_is_told_beside_mistakes_nearby(tmp_path):
         "stages.0.batch_size",
     ]
     assert sorted(places) == sorted(expected), found
+
+
+def test_a_control_that_does_nothing_is_told_with_its_line(tmp_path):
+    controls = "stages.1.algorithm.entropy_controls=[clip_cov, kl_cov]"
+    (warning,) = load([write(tmp_path)], [controls]).warnings
+    assert str(warning).startswith(
+        f"--set {controls}: stages.1.algorithm.entropy_controls.1: 'kl_cov' does nothing here"
+    )
+    own = BASE.replace("advantage: grpo", "advantage: grpo\n      entropy_controls:\n        - kl_cov")
+    (warning,) = load([path := write(tmp_path, own)]).warnings
+    line = next(i for i, text in enumerate(own.splitlines(), 1) if "kl_cov" in text)
+    assert str(warning).startswith(f"{path}:{line}: stages.1.algorithm.entropy_controls.0: 'kl_cov'")
+    assert "set algorithm.minibatches or epochs above 1" in str(warning)
+    for several in ("minibatches", "epochs"):
+        assert load([path], [f"stages.1.algorithm.{several}=2"]).warnings == []

@@ -76,8 +76,8 @@ class KlCov:
 
     At the ``max(1, floor(share N))`` tokens of largest Cov (of equal ones the first by rollout key and position) the
     loss gets ``coefficient |log pi - log pi_old|``. The method goes with an unclipped policy loss: ``reinforce``, whose
-    gradient is that of ``-rho A``. At the first update of a batch ``pi = pi_old``, where the term has no gradient: it
-    acts only with several updates per batch.
+    gradient is that of ``-rho A``. At the first update of a batch ``pi = pi_old``, where the term has no gradient (or,
+    where two passes of the policy round differently, one of random sign): it acts only with several updates per batch.
 
     ``share``: 2e-3 at 7B and 2e-4 at 32B in the paper; ``coefficient``: 1 in its scripts.
     """
@@ -85,6 +85,7 @@ class KlCov:
     share: Annotated[float, option("of the tokens that pay", gt=0, le=1)] = 2e-3
     coefficient: Annotated[float, option("of the absolute log-ratio", ge=0)] = 1.0
     needs: ClassVar[tuple[str, ...]] = ("logp",)
+    several_updates: ClassVar[bool] = True
 
     def prepare(self, state: Any, minibatch: Batch) -> None:
         return None

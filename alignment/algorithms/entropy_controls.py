@@ -41,6 +41,8 @@ class EntropyControl(Protocol):
       entropies. They carry a gradient only if some control says so.
     - ``mark(state, minibatch) -> mark_BT``: a number per token for ``penalty``, which sees a part of the rows only.
       Called once per mini-batch, like ``prepare``.
+    - ``several_updates: bool``: that it does nothing in the first update of a batch, so a recipe with one update per
+      batch is warned of.
     """
 
     def prepare(self, state: Any, minibatch: Batch) -> Tensor | None:

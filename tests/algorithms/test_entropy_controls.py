@@ -137,6 +137,18 @@ def test_kl_cov_with_coefficient_0_is_the_unclipped_policy_gradient(make_batch):
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
 
 
+def test_in_the_first_update_of_a_batch_kl_cov_has_no_gradient_and_clip_cov_leaves_out(make_batch):
+    """``recipe_advice`` warns of the one and not of the other."""
+    batch, plain = batch_of(make_batch, ADV, LOGP), Objective(Reinforce(), TokenMean())
+    found = []
+    for controls in ((), ((KlCov(share=1.0), None),), ((ClipCov(share=1.0), None),)):
+        objective = replace(plain, entropy_controls=controls)
+        logp_BT = column(LOGP).requires_grad_()
+        found.append(torch.autograd.grad(objective.loss(logp_BT, None, objective.prepare(batch))[0], logp_BT)[0][:, 1])
+    assert found[0].abs().min() > 0 and torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[0] * torch.tensor([0.0, 0.0, 1.0, 1.0]))
+
+
 def test_clip_cov_drops_one_of_the_eligible_tokens_and_none_where_there_is_none(make_batch):
     batch = batch_of(make_batch, ADV, LOGP)
     weight_BT = ClipCov(share=1e-6).prepare(None, batch)
