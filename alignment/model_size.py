@@ -44,12 +44,17 @@ class Training:
     logits_chunk_mb: float | None = None
     optimizers: int = 1
     """Sets of moments over the same weights: a mixer may have supervised updates of its own."""
+    keeps_before: bool = False
+    """Whether an update keeps the weights it began with, to measure how far they moved (``update_norm``)."""
 
     @classmethod
     def of_stage(cls, stage: Any, model: ModelConfig) -> Self:
         """What the learner of a stage holds of the policy."""
-        mixer = None if stage.stage == "sft" else stage.credited.mixer
-        return replace(cls.of(stage.learner, model), optimizers=1 + len(getattr(mixer, "slots", ())))
+        own = cls.of(stage.learner, model)
+        if stage.stage == "sft":
+            return own
+        slots = len(getattr(stage.credited.mixer, "slots", ()))
+        return replace(own, optimizers=1 + slots, keeps_before="update_norm" in stage.credited.needs)
 
     @classmethod
     def of(cls, learner: Any, model: ModelConfig) -> Self:
@@ -127,6 +132,8 @@ def training_bytes(
     =========== =============================================================================================
     parameters  ``b P``, adapters included; at ZeRO stage 3 divided by R; under autocast also copies of ``2 P``
     reference   as much again, where a component compares with it; none under LoRA, where it is the adapter off
+    weights     before the update, ``b T`` (adapters in one process ``4 T``), at stage 3 divided by R, where a component
+    before      asks how far it moved (``hypervolume``)
     gradients   ``b T``, of adapters in one process ``4 T``. DeepSpeed: ``4 T``, from stage 2 on divided by R, and a
                 copy at the step, ``4 T / R``; at stage 1 in bfloat16 ``2 T`` beside instead of the copy
     optimizer   two moments of AdamW, ``2 b T``; DeepSpeed from stage 1 on: with its own weights, in float32 always,
@@ -156,6 +163,7 @@ def training_bytes(
     copies = 2 * shape.parameters if training.precision == "autocast" else 0  # kept for the backward pass alone
     return {
         **_states(shape, model, training, reference, copies),
+        "weights before": 0 if training.offload == "parameters" else _before_bytes(training, t, trained),
         "gradients": _gradient_bytes(training, t, trained),
         "buckets": b * _exchanged(shape, training, trained),
         "activations": tokens * kept,
@@ -185,6 +193,11 @@ def _states(shape: Shape, model: ModelConfig, training: Training, reference: boo
         "reference": b * shape.parameters // training.share(3) if reference and model.lora is None else 0,
         "optimizer": 0 if training.offload != "none" else _optimizer_bytes(training, t, trained),
     }
+
+
+def _before_bytes(training: Training, each: int, trained: int) -> int:
+    """What an update began with, kept where the weights are."""
+    return each * trained // training.share(3) if training.keeps_before else 0
 
 
 def _gradient_bytes(training: Training, each: int, trained: int) -> int:
@@ -219,7 +232,7 @@ def host_bytes(shape: Shape, model: ModelConfig, training: Training) -> int:
     offloaded; the larger of both."""
     t, trained = training.trained_bytes(model), shape.trainable(model.lora)
     loading = max(_BYTES[model.dtype], training.weight_bytes) * shape.parameters
-    weights = training.weight_bytes * shape.parameters // training.share(3)
+    weights = training.weight_bytes * shape.parameters // training.share(3) + _before_bytes(training, t, trained)
     optimizer = _optimizer_bytes(training, t, trained) + 4 * trained // training.share(2)
     return max(loading, {"none": 0, "optimizer": optimizer}.get(training.offload, weights + optimizer))
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.hypervolume import Hypervolume
 from alignment.architectures import KNOWN, Shape
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.learner_config import TorchLearnerConfig
@@ -20,6 +22,7 @@ from alignment.model_size import (
     resting_bytes,
     training_bytes,
 )
+from alignment.recipe import OnlineStage
 from alignment.recipe_sections import Lora, ModelConfig
 
 PUBLISHED = {
@@ -237,6 +240,26 @@ def test_in_one_process(dtype, autocast, lora, parameters, trained_bytes):
     copies = 2 * P if autocast == "bfloat16" else 0
     kept = sum(found[name] for name in ("parameters", "reference", "optimizer")) - copies
     assert resting(TorchLearnerConfig(autocast=autocast), model, reference=True) == kept
+
+
+@pytest.mark.parametrize(
+    ("learner", "on_gpu", "on_host"),
+    [
+        (TorchLearnerConfig(), 2 * P, 0),
+        (zero(zero_stage=2), 2 * P, 0),
+        (zero(zero_stage=3), 2 * P // 8, 0),
+        (zero(zero_stage=3, offload="parameters"), 0, 2 * P // 8),
+    ],
+)
+def test_weights_from_before_an_update_are_kept_where_its_size_is_asked_for(learner, on_gpu, on_host):
+    model = ModelConfig(path="Qwen/Qwen2.5-7B", dtype="bfloat16")
+    online: dict[str, Any] = {"steps": 1, "learner": learner}
+    plain = Training.of_stage(OnlineStage(**online), model)
+    asked = Training.of_stage(OnlineStage(**online, algorithm=Algorithm(weighting=Hypervolume())), model)
+    of_plain, of_asked = (training_bytes(SEVEN, model, t, 1024, 64, reference=False) for t in (plain, asked))
+    assert of_plain["weights before"] == 0 and of_asked == of_plain | {"weights before": on_gpu}
+    assert resting_bytes(SEVEN, model, asked, False) == resting_bytes(SEVEN, model, plain, False), "gone afterwards"
+    assert host_bytes(SEVEN, model, asked) == host_bytes(SEVEN, model, plain) + on_host
 
 
 def test_micro_batches_bound_activations_and_chunks_the_logits():
