@@ -40,7 +40,8 @@ class Gradient:
 
     ``s_k = sum_j <g_k, g_j>`` over the policy's gradients ``g_k`` with component k's advantages alone, on the whole
     batch, the KL and entropy terms of the loss included. The weights begin as the recipe's over their sum. Components
-    that do not apply to a row are left out of its sum.
+    that do not apply to a row are left out of its sum. Two components, both clipped to ``max_norm``, have equal scores
+    (``max_norm^2`` and their inner product, each), so neither gains.
 
     Deviations. The official code weighs the batch by its own gradients; here, where a component learns in ``observe``
     alone, they make the weights of the next batch. Its rate is the learning rate over 1e-5 and follows its schedule;

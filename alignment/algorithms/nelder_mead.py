@@ -36,8 +36,9 @@ def nelder_mead(
 
     Reflection 1, expansion 2, contraction .5 (inside), shrinkage .5, as in "Confronting Reward Model Overoptimization
     with Constrained RLHF" (arXiv 2310.04373), which searches thresholds so: ``function`` trains with them and returns
-    minus the score on held-out data. There the policy is trained on from one call to the next, so that a value depends
-    on when it was asked for; whether it is, is up to ``function``. Their code scores on the test split: do not.
+    minus the score on held-out data. (scipy's search is another one: it contracts outside as well, and stops by the
+    largest difference of values.) There the policy is trained on from one call to the next, so that a value depends on
+    when it was asked for; whether it is, is up to ``function``. Their code scores on the test split: do not.
 
     A search that was cut off goes on exactly when it is started again with the same simplex and the cache that it left:
     what was judged is not judged again.

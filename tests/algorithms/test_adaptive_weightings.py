@@ -64,6 +64,8 @@ def test_golden_influence():
 def test_gradients_are_clipped_before_they_are_compared():
     assert influence(gram((2, 0), (0.5, 0)), 1.0) == pytest.approx(influence(gram((1, 0), (0.5, 0))))
     assert influence(gram((0, 0), (0.5, 0)), 1.0) == [0, 0.25]
+    one, other = influence(gram((2, 1), (-1, 3)), 1.0)
+    assert one == pytest.approx(other), "two that are both clipped count alike, whatever the angle"
 
 
 def test_golden_weights():
