@@ -137,7 +137,7 @@ def test_a_prompt_model_gradients_steering_and_interleaved_imitation(live_ray, t
             "minibatches": 2,
             "weighting": {"name": "gradient", "rate": 0.1, "max_norm": None},
             "entropy_controls": [{"name": "steer", "lambda_min": 0.5}, {"name": "clip_cov", "share": 0.2}],
-            "mixer": {"name": "relift", "batch_size": 2, "lr_ratio": 0.5},
+            "mixer": {"name": "relift", "batch_size": 1, "lr_ratio": 0.5},
         },
     )
     parts, whole = stopped_and_whole(tmp_path, merged(change, {"data": {"eval": None}}), monkeypatch)
@@ -158,11 +158,13 @@ def test_a_prompt_model_gradients_steering_and_interleaved_imitation(live_ray, t
     assert parts.moved("control_weight") and max(parts.column("control_weight")) < 1, "steer weighs tokens down"
     assert max(parts.column("control_dropped")) > 0, "clip_cov leaves some out"
 
-    taught = [step for step in parts.steps if "sft/loss" in step]
-    assert taught and all(step["sft/optimizer_steps"] == 1 and step["demonstrations"] == 2 for step in taught)
-    assert all(step["sft/lr"] == pytest.approx(0.5 * step["lr"]) and step["sft/grad_norm"] > 0 for step in taught)
-    assert parts.column("mixer/used")[-1] == saved["mixer"]["used"] >= 2 * len(taught)
-    assert any(name.startswith("learner/slot-sft") for name in contents(parts.folder)), sorted(contents(parts.folder))
+    taught = [number for number, step in enumerate(parts.steps) if "sft/loss" in step]
+    assert taught and taught[0] < 2 < taught[-1], "it has moments when the run is stopped, and uses them afterwards"
+    for step in (parts.steps[number] for number in taught):
+        assert step["sft/optimizer_steps"] == step["demonstrations"] == 1 and step["sft/grad_norm"] > 0
+        assert step["sft/lr"] == pytest.approx(0.5 * step["lr"])
+    assert parts.column("mixer/used")[-1] == saved["mixer"]["used"] >= len(taught)
+    assert any(name.startswith("learner/slot-sft") for name in contents(parts.folder))
     assert_same(parts, whole)
 
 
