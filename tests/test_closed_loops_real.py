@@ -1,11 +1,12 @@
-"""Components of every kind at once on vLLM, DeepSpeed and Ray: each has its effect, and a run that was stopped and went
-on is the uninterrupted one.
+"""Components of every kind at once on vLLM, DeepSpeed and Ray: each has its effect, and a run that died and went on is
+the uninterrupted one.
 
 That each component does so on the embedded engines is said in ``test_curricula_learned.py``, ``test_weightings.py``,
 ``algorithms/test_entropy_controls.py`` and ``test_mixing.py``.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +17,18 @@ from torch import Tensor
 
 import alignment
 import alignment.job as job_module
+from alignment.checkpoint import Checkpoints
 from alignment.engines.deepspeed_learner import DeepSpeedLearner
 from alignment.evaluation.evaluate import Evaluation
+from alignment.runs import Run
 from alignment.types import Group
 from tests.recorded_rollouts import record
 from tests.test_real_engines import CLUSTER
 from tests.test_train import Recorder, contents
 from tests.tiny import SUMS, merged, tiny
 
-STOP = 5
-"""After the second of six online steps."""
+DONE, LEFT = 5, 4
+"""Steps before a run dies and after: three supervised and two online ones, and the other online ones."""
 REWARDS = [
     {"name": "format", "as": "low", "pattern": "[01].*"},
     {"name": "format", "as": "digit", "pattern": ".*[0-9]", "weight": 0.5},
@@ -42,12 +45,12 @@ def recipe(name: str, data: dict[str, Any], **stage: Any) -> dict[str, Any]:
         "data": {"train": same, "demonstrations": same},
         "stages": {1: {"steps": 6, **stage}},
     }
-    return merged(CLUSTER, {"run": {"name": name, "save_every": 0}, **changes})
+    return merged(CLUSTER, {"run": {"name": name, "save_every": 1}, **changes})
 
 
 @dataclass
 class Seen:
-    """What became of a run, in one part or two."""
+    """What became of a run."""
 
     folder: str = ""
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -72,11 +75,9 @@ class Seen:
         return all(len(set(self.column(name)[1:])) > 1 for name in names)
 
 
-def run(
-    folder: Path, change: dict[str, Any], patch: Any, stops: Sequence[int | None], given: Sequence[Any] = ()
-) -> Seen:
-    """Trains, once for each of ``stops``, the step after which it is stopped. Evaluations are ``given``, if any are."""
-    seen, answers = Seen(), iter(given)
+def run(folder: Path, change: dict[str, Any], patch: Any, given: Sequence[Evaluation] = ()) -> Seen:
+    """Trains, or goes on; evaluations are ``given``, if any are."""
+    seen, answers, sink = Seen(), iter(given), Recorder()
     evaluate, gram = job_module.evaluate, DeepSpeedLearner.gram
 
     def evaluated(*args: Any) -> Evaluation:
@@ -87,38 +88,44 @@ def run(
         seen.grams.append(gram(*args))
         return seen.grams[-1]
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with patch.context() as patched:
         patched.setattr(job_module, "evaluate", evaluated)
         patched.setattr(DeepSpeedLearner, "gram", measured)
-        for stop in stops:
-            sink = Recorder(stop)
-            result = alignment.train(tiny(folder, change), sinks=[sink])
-            assert result["status"] == ("complete" if stop is None else "interrupted")
-            seen.steps += [dict(r.metrics) for r in sink.records if r.kind == "train" and r.stage == "rl"]
-            seen.groups += sink.groups
-    seen.folder = result["folder"]
+        result = alignment.train(tiny(folder, change), sinks=[sink])
+    assert result["status"] == "complete"
+    seen.folder, seen.groups = result["folder"], sink.groups
+    seen.steps = [dict(r.metrics) for r in sink.records if r.kind == "train" and r.stage == "rl"]
     return seen
 
 
-def stopped_and_whole(folder: Path, change: dict[str, Any], patch: Any) -> tuple[Seen, Seen]:
-    """A run on the real engines that was stopped and went on, and one of the same rollouts that was not: which token
-    comes out of vLLM may hang on what was batched with it."""
-    parts = run(folder / "parts", change, patch, [STOP, None])
-    record(folder / "rollouts.jsonl", parts.groups)
+def gone_on(folder: Path, change: dict[str, Any], patch: Any, whole: Seen) -> Seen:
+    """The rest of ``whole``, had it died when ``DONE`` steps were saved, on the same rollouts and evaluations: which
+    token comes out of vLLM may hang on what was batched with it."""
+    (folder / "parts").mkdir()
+    record(folder / "rollouts.jsonl", whole.groups)
     recorded = {"sampler": {"name": "recorded", "path": str(folder / "rollouts.jsonl")}, "transport": "nowhere"}
     again = merged(change, {"plugins": ["tests.recorded_rollouts"], "stages": {1: recorded}})
-    return parts, run(folder / "whole", again, patch, [None], parts.evaluations)
+    recipe = tiny(folder / "parts", again)
+    copy = Run(Path(recipe.run.output) / recipe.run.name)
+    shutil.copytree(whole.folder, copy.folder)
+    copy.result.unlink()
+    copy.write_recipe(recipe.resolved(), recipe.folder)  # only the sampler is another
+    checkpoints = Checkpoints(copy.checkpoints)
+    for step in [step for step in checkpoints.steps() if step > DONE]:
+        shutil.rmtree(checkpoints.folder_of(step))
+    (copy.checkpoints / "LATEST").write_text(f"{checkpoints.folder_of(DONE).name}\n")
+    return run(folder / "parts", again, patch, whole.evaluations[-LEFT:])
 
 
-def assert_same(parts: Seen, whole: Seen) -> None:
+def assert_same(rest: Seen, whole: Seen) -> None:
     """Weights, moments, roles, the states of components and all metrics that no clock or transport had a part in."""
-    ours, theirs = contents(parts.folder), contents(whole.folder)
+    ours, theirs = contents(rest.folder), contents(whole.folder)
     learned = [name for name in ours if name.startswith("learner/")]
     assert ours.keys() == theirs.keys() and len(learned) > 3
     assert [name for name in learned if ours[name] != theirs[name]] == []
-    assert parts.saved == whole.saved
-    assert len(parts.steps) == 6 and list(map(timeless, parts.steps)) == list(map(timeless, whole.steps))
+    assert rest.saved == whole.saved
+    assert len(rest.steps) == LEFT and list(map(timeless, rest.steps)) == list(map(timeless, whole.steps[-LEFT:]))
 
 
 def timeless(step: dict[str, float]) -> dict[str, float]:
@@ -127,7 +134,7 @@ def timeless(step: dict[str, float]) -> dict[str, float]:
 
 
 def test_a_prompt_model_gradients_steering_and_interleaved_imitation(live_ray, tmp_path, monkeypatch):
-    """One batch is in flight while one is learned from, also when the run is stopped."""
+    """One batch is in flight while one is learned from, also when the run dies."""
     change = recipe(
         "model",
         SUMS,
@@ -140,32 +147,33 @@ def test_a_prompt_model_gradients_steering_and_interleaved_imitation(live_ray, t
             "mixer": {"name": "relift", "batch_size": 1, "lr_ratio": 0.5},
         },
     )
-    parts, whole = stopped_and_whole(tmp_path, merged(change, {"data": {"eval": None}}), monkeypatch)
-    assert {r.sampler for g in parts.groups for r in g.rollouts} == {"vllm"} and parts.steps[0]["mismatch_kl"] < 1e-6
-    assert parts.column("staleness") == [0, 1, 0, 1, 1, 1], "what was in flight was sampled again"
+    change = merged(change, {"data": {"eval": None}})
+    whole = run(tmp_path / "whole", change, monkeypatch)
+    assert {r.sampler for g in whole.groups for r in g.rollouts} == {"vllm"} and whole.steps[0]["mismatch_kl"] < 1e-6
+    assert whole.column("staleness") == [0, 1, 1, 1, 1, 1]
 
-    saved = parts.saved
+    saved = whole.saved
     assert saved.keys() == {"curricula.0", "curricula.1", "weighting", "mixer"}
-    assert parts.moved("curricula.1/candidates", "curricula.1/chosen", "curricula.1/error")
-    assert min(parts.column("prompt_value/fitted_tokens")) > 0 and saved["curricula.1"]["version"] == 6
-    assert parts.column("curricula.0/dropped")[-1] == len(saved["curricula.0"]["dropped"]) > 0
+    assert whole.moved("curricula.1/candidates", "curricula.1/chosen", "curricula.1/error")
+    assert min(whole.column("prompt_value/fitted_tokens")) > 0 and saved["curricula.1"]["version"] == 6
+    assert whole.column("curricula.0/dropped")[-1] == len(saved["curricula.0"]["dropped"]) > 0
 
-    assert len(parts.grams) == 6 and all((gram.diagonal() >= 0).all() for gram in parts.grams)
-    assert (parts.grams[0].diagonal() > 0).all() and parts.grams[0].det() > 0, "two gradients, and not one twice"
-    assert parts.moved("weighting/weight/low", "weighting/weight/digit") and saved["weighting"]["skipped"] == 0
+    assert len(whole.grams) == 6 and all((gram.diagonal() >= 0).all() for gram in whole.grams)
+    assert (whole.grams[0].diagonal() > 0).all() and whole.grams[0].det() > 0, "two gradients, and not one twice"
+    assert whole.moved("weighting/weight/low", "weighting/weight/digit") and saved["weighting"]["skipped"] == 0
     assert sum(saved["weighting"]["weights"].values()) == pytest.approx(1.0)
 
-    assert parts.moved("control_weight") and max(parts.column("control_weight")) < 1, "steer weighs tokens down"
-    assert max(parts.column("control_dropped")) > 0, "clip_cov leaves some out"
+    assert whole.moved("control_weight") and max(whole.column("control_weight")) < 1, "steer weighs tokens down"
+    assert max(whole.column("control_dropped")) > 0, "clip_cov leaves some out"
 
-    taught = [number for number, step in enumerate(parts.steps) if "sft/loss" in step]
-    assert taught and taught[0] < 2 < taught[-1], "it has moments when the run is stopped, and uses them afterwards"
-    for step in (parts.steps[number] for number in taught):
+    taught = [number for number, step in enumerate(whole.steps) if "sft/loss" in step]
+    assert taught and taught[0] < 2 < taught[-1], "it has moments when the run dies, and uses them afterwards"
+    for step in (whole.steps[number] for number in taught):
         assert step["sft/optimizer_steps"] == step["demonstrations"] == 1 and step["sft/grad_norm"] > 0
         assert step["sft/lr"] == pytest.approx(0.5 * step["lr"])
-    assert parts.column("mixer/used")[-1] == saved["mixer"]["used"] >= len(taught)
-    assert any(name.startswith("learner/slot-sft") for name in contents(parts.folder))
-    assert_same(parts, whole)
+    assert whole.column("mixer/used")[-1] == saved["mixer"]["used"] >= len(taught)
+    assert any(name.startswith("learner/slot-sft") for name in contents(whole.folder))
+    assert_same(gone_on(tmp_path, change, monkeypatch, whole), whole)
 
 
 @pytest.mark.full
@@ -189,17 +197,18 @@ def test_a_bandit_a_buffer_hypervolume_covariances_and_imitation_in_place(live_r
         },
     )
     often = {"evaluation": {"every": 1, "samples": 4, "sampling": {"temperature": 1.0}}}
-    parts, whole = stopped_and_whole(tmp_path, merged(change, often), monkeypatch)
-    saved = parts.saved
+    change = merged(change, often)
+    whole = run(tmp_path / "whole", change, monkeypatch)
+    saved = whole.saved
     assert saved.keys() == {"curricula.0", "curricula.2", "weighting"}
-    assert parts.moved("curricula.0/q/1", "curricula.0/q/2", "curricula.0/share/1", "curricula.2/groups")
-    ledger = [json.loads(line) for line in (Path(parts.folder) / "ledger.jsonl").read_text().splitlines()]
-    assert any(line["replayed"] for line in ledger) and max(parts.column("dropped_groups")) > 0
-    assert len(saved["curricula.2"]["entries"]) == parts.column("curricula.2/groups")[-1] > 0
+    assert whole.moved("curricula.0/q/1", "curricula.0/q/2", "curricula.0/share/1", "curricula.2/groups")
+    ledger = [json.loads(line) for line in (Path(whole.folder) / "ledger.jsonl").read_text().splitlines()]
+    assert any(line["replayed"] for line in ledger) and max(whole.column("dropped_groups")) > 0
+    assert len(saved["curricula.2"]["entries"]) == whole.column("curricula.2/groups")[-1] > 0
 
-    factors = [1.0, *parts.column("weighting/meta")[:-1]]
-    assert parts.column("lr") == pytest.approx([1e-3 * factor for factor in factors]) and len(set(factors)) > 2
-    assert min(parts.column("update_norm")) > 0 and saved["weighting"]["front"]
-    assert min(parts.column("entropy_penalty")) >= 0 < max(parts.column("entropy_penalty"))
-    assert sum(parts.column("demonstrations")) > 0 and max(parts.column("imitated")) > 0
-    assert_same(parts, whole)
+    factors = [1.0, *whole.column("weighting/meta")[:-1]]
+    assert whole.column("lr") == pytest.approx([1e-3 * factor for factor in factors]) and len(set(factors)) > 2
+    assert min(whole.column("update_norm")) > 0 and saved["weighting"]["front"]
+    assert min(whole.column("entropy_penalty")) >= 0 < max(whole.column("entropy_penalty"))
+    assert sum(whole.column("demonstrations")) > 0 and max(whole.column("imitated")) > 0
+    assert_same(gone_on(tmp_path, change, monkeypatch, whole), whole)
