@@ -278,7 +278,7 @@ def eval_(
     raise typer.Exit(evaluation.evaluate(options, as_json))
 
 
-@command("align study recipes/studies/balanced_filter/claim.yaml --quick")
+@command("align study recipes/studies/curriculum/claim.yaml --quick")
 def study(
     claim: Annotated[Path, typer.Argument(metavar="CLAIM.yaml", help="What is claimed, and how it is judged.")],
     quick: Annotated[bool, typer.Option("--quick", help="One seed, small: shows that it works; no verdict.")] = False,

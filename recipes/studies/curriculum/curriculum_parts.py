@@ -1,17 +1,18 @@
-"""What the study of balanced filtering brings: its pool of sums, and dropping at random."""
+"""What the study of curricula brings: its pool of sums, an oracle, and dropping at random."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from alignment.curricula import curricula
+from alignment.curricula import Uniform, curricula
+from alignment.curricula.orders import OfPrompts
 from alignment.data.procedural import Procedural
 from alignment.data.sources import Dataset, sources
 from alignment.registry import component, option
 from alignment.tasks.arithmetic import Arithmetic
 from alignment.tasks.task import Task, tasks
-from alignment.types import Group, Prompt, keyed_seed
+from alignment.types import Context, Group, Prompt, keyed_seed
 
 
 @sources.register("mixed_pool", source="this project")
@@ -23,8 +24,8 @@ class MixedPool:
     """
 
     task: Annotated[Task, component(tasks), option("sums")] = field(default_factory=lambda: Arithmetic(sizes=(69,)))
-    demonstrations: Annotated[int, option("how many sums the warm-up shows, as the recipe says there", ge=1)] = 900
-    size: Annotated[int, option("problems in all", unit="prompts", ge=10)] = 1000
+    demonstrations: Annotated[int, option("how many sums the warm-up shows, as the recipe says there", ge=1)] = 800
+    size: Annotated[int, option("problems in all", unit="prompts", ge=10)] = 2000
 
     def load(self, base: Path) -> Dataset:
         """The pool, in an order that mixes the kinds."""
@@ -54,6 +55,23 @@ def _numbers(low: int, high: int, key: int) -> Iterator[int]:
     while True:
         yield low + key % (high - low)
         key = keyed_seed(key)
+
+
+@curricula.register("only", source="this project")
+@dataclass(frozen=True)
+class Only(Uniform):
+    """An oracle: takes problems of one kind, which no method is told."""
+
+    kind: Annotated[str, option("the kind")] = "fresh"
+
+    def select(
+        self, state: Any, prompts: Sequence[Prompt], n: int, context: Context
+    ) -> tuple[list[Prompt], dict[str, int]]:
+        """Those of the kind, every one once per epoch."""
+        return super().select(state, of_kind(prompts, self.kind), n, context)
+
+
+of_kind = OfPrompts(lambda prompts, kind: [prompt for prompt in prompts if prompt.row["kind"] == kind])
 
 
 @curricula.register("random_drop", source="this project")
