@@ -60,9 +60,10 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         job.settled = False
         with phases("update"), job.meanwhile(collector.pump):
             gram_KK = _gram(job, algorithm, batch, objective)
+            passed_over = {} if gram_KK is None else {"gram/fitted_tokens": float(len(gram_KK) * batch.length_B.sum())}
             watched = Watched(objective) if objective and job.engines.in_process else objective
             metrics = learner.update(batch, watched) | batch_metrics(batch) | advantage_metrics(batch)
-            metrics |= _taught(job, mixer, slots, state.step)
+            metrics |= _taught(job, mixer, slots, state.step) | passed_over
         metrics |= job.publish(sealed.state.step + 1) | read | {"staleness": float(lag)}
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
         with phases("record"):

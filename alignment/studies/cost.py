@@ -6,7 +6,8 @@ looking an embedding up costs nothing, and attention over earlier tokens is left
 
 - sampling: every prompt and completion token of every rollout, dropped ones too, a prompt once for each rollout;
 - reading: old log-probabilities and entropies, the reference, values, and values of prompts for curricula that ask;
-- learning: every token of the rows, prompts included, again in every epoch: of the policy and of value models;
+- learning: every token of the rows, prompts included, again in every epoch: of the policy and of value models; and once
+  for each reward component where a weighting asks for the inner products of their gradients;
 - validation: every prompt and completion token.
 """
 

@@ -10,6 +10,7 @@ from alignment.engines.roles import handles, passed
 from alignment.engines.value_roles import prompt_batch
 from alignment.ledger import Verdicts
 from alignment.metrics import read_tokens
+from alignment.studies.cost import Sizes, flops
 from alignment.studies.curve import read_lines
 from alignment.types import Prompt
 from tests.tiny import tiny
@@ -61,3 +62,14 @@ def test_a_run_with_a_critic_and_a_reference_logs_every_pass(tmp_path):
     assert all(not found["verdicts"] for found in saved["meta"]["evaluations"].values())
     verdicts.rewind(-1)
     assert verdicts.read() == {}
+
+
+def test_the_gradients_of_reward_components_are_counted(tmp_path):
+    rewards = [{"name": "format", "pattern": "[0-4].*"}, {"name": "format", "pattern": "[0-9]", "as": "short"}]
+    stage = {"algorithm": {"weighting": "gradient"}, "steps": 1, "curricula": ["uniform"]}
+    alignment.train(tiny(tmp_path, {"rewards": rewards, "stages": {0: {"steps": 1}, 1: stage}}))
+    [step] = [s for s in read_lines(tmp_path / "runs" / "tiny") if s["kind"] == "train" and s["stage"] == "rl"]
+    rows = step["prompt_tokens"] + step["completion_tokens"]
+    assert (step["fitted_tokens"], step["gram/fitted_tokens"]) == (rows, 2 * rows)
+    sizes = Sizes(policy=10)
+    assert flops(step, sizes) - flops({**step, "gram/fitted_tokens": 0.0}, sizes) == 6 * 10 * 2 * rows
