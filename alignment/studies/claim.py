@@ -50,8 +50,12 @@ class WarmUp(Section):
 class Measure(Section):
     """What a run is worth: one number for each held-out problem."""
 
-    metric: Literal["area", "final"] = "area"
-    """The mean over the cost from 0 to the budget, or what is reached at the budget."""
+    metric: Literal["area", "final", "matched"] = "area"
+    """The mean over the cost from 0 to the budget, what is reached at the budget, or what there is at ``accuracy``."""
+    accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of all held-out problems: where ``matched`` compares runs, the first time that they reach it."""
+    problems: Text = "*"
+    """Pattern of the ids of the problems that are measured, as ``hard/*``."""
     pass_at: Count = 1
     """1 is accuracy."""
 
@@ -70,8 +74,9 @@ class Gate(Section):
 
     arm: Label
     metric: Text
-    """Of ``metrics.jsonl``; of evaluations as ``eval/NAME``."""
-    when: Literal["first", "last", "mean"] = "mean"
+    """Of ``metrics.jsonl``; of evaluations as ``eval/NAME``; ``measure``: the score that the measure is taken of."""
+    when: Literal["first", "last", "mean", "highest", "ratio", "fall"] = "mean"
+    """``ratio`` is the last over the first, ``fall`` the highest less the last."""
     at_least: float | None = None
     at_most: float | None = None
     text: str = ""
@@ -195,6 +200,8 @@ def _conflicts(claim: Claim) -> list[tuple[Place, str]]:
         found.append((("primary", "against"), "an arm cannot be compared with itself"))
     if sum(value is not None for value in claim.budget.model_dump().values()) != 1:
         found.append((("budget",), "takes exactly one of flops, tokens and steps"))
+    if (claim.measure.metric == "matched") != (claim.measure.accuracy is not None):
+        found.append((("measure",), "metric: matched and accuracy go together"))
     for i, gate in enumerate(claim.gate):
         if gate.at_least is None and gate.at_most is None:
             found.append((("gate", i), "needs at_least, at_most or both"))

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from alignment.errors import UserError
 from alignment.evaluation.statistics import pass_at_k
 from alignment.ledger import Verdicts
 from alignment.studies.claim import Gate, Measure
@@ -41,6 +43,21 @@ def weights(x: Sequence[float], budget: float, measure: Measure) -> np.ndarray:
     return values[:, 0] if measure.metric == "final" else np.asarray(np.trapezoid(values, at, axis=1)) / budget
 
 
+def crossing(accuracy: Sequence[float], level: float) -> np.ndarray:
+    """What each evaluation counts where accuracy, straight between evaluations, first reaches ``level``.
+
+    The first evaluation if it is there already; nothing where it is never reached, so that the measure is 0.
+    """
+    weight_E = np.zeros(len(accuracy))
+    at = next((i for i, value in enumerate(accuracy) if value >= level), None)
+    if at is not None:
+        share = 1.0 if at == 0 else (level - accuracy[at - 1]) / (accuracy[at] - accuracy[at - 1])
+        weight_E[at] = share
+        if at:
+            weight_E[at - 1] = 1 - share
+    return weight_E
+
+
 def measured(
     run: Path, sizes: Mapping[str, Sizes] | None, unit: Unit, budget: float | None, measure: Measure
 ) -> dict[str, Any]:
@@ -58,25 +75,39 @@ def measured(
     at = costs(read_lines(run), sizes)
     steps = sorted(verdicts)
     need = measure.pass_at
-    ids = [id_ for id_ in verdicts[steps[0]] if all(verdicts[step][id_][1] >= need for step in steps)]
+    judged = [id_ for id_ in verdicts[steps[0]] if all(verdicts[step][id_][1] >= need for step in steps)]
+    ids = [id_ for id_ in judged if fnmatchcase(id_, measure.problems)]
+    if not ids:
+        raise UserError(f"measure.problems: no held-out problem matches '{measure.problems}' (ids: {judged[:3]})")
+    accuracy = [fmean(c / n for c, n in (verdicts[s][id_] for id_ in judged)) for s in steps]
     score_EP = np.array([[pass_at_k(n, c, need) for c, n in (verdicts[s][id_] for id_ in ids)] for s in steps])
     x = [getattr(at.get(step, Cost()), unit) for step in steps]
-    weight_E = weights(x, budget or max(x[-1], 1.0), measure)
+    if measure.accuracy is None:
+        weight_E = weights(x, budget or max(x[-1], 1.0), measure)
+    else:
+        weight_E = crossing(accuracy, measure.accuracy)
     curve = [[s, at[s].flops, at[s].tokens, float(row.mean())] for s, row in zip(steps, score_EP, strict=True)]
     problems = dict(zip(ids, (round(float(v), 6) for v in weight_E @ score_EP), strict=True))
-    return {"problems": problems, "unjudged": len(verdicts[steps[0]]) - len(ids), "curve": curve}
+    return {"problems": problems, "unjudged": len(verdicts[steps[0]]) - len(judged), "curve": curve,
+            "best_accuracy": max(accuracy)}  # fmt: skip
 
 
-def gate_value(lines: Sequence[Mapping[str, Any]], gate: Gate) -> float:
-    """The metric of a gate in one run.
+def gate_value(lines: Sequence[Mapping[str, Any]], gate: Gate, scores: Sequence[float] = ()) -> float:
+    """The metric of a gate in one run, whose evaluations have ``scores``.
 
     Raises:
         ValueError: No line has it.
     """
     kind, name = ("eval", gate.metric[5:]) if gate.metric.startswith("eval/") else ("train", gate.metric)
     own = [line for line in lines if line["kind"] == kind]
-    found = [float(line[name]) for line in own if line.get(name) is not None]
+    measure = gate.metric == "measure"
+    found = [*scores] if measure else [float(line[name]) for line in own if line.get(name) is not None]
     if not found:
         names = sorted({("eval/" if kind == "eval" else "") + key for line in own for key in line if key != "kind"})
         raise ValueError(f"no run of arm '{gate.arm}' has a metric '{gate.metric}' (there are: {', '.join(names)})")
-    return {"first": found[0], "last": found[-1], "mean": fmean(found)}[gate.when]
+    if gate.when == "ratio":
+        if found[0] <= 0:
+            raise ValueError(f"'{gate.metric}' of arm '{gate.arm}' begins at {found[0]:g}, of which there is no ratio")
+        return found[-1] / found[0]
+    values = {"first": found[0], "last": found[-1], "mean": fmean(found), "highest": max(found)}
+    return values.get(gate.when, max(found) - found[-1])

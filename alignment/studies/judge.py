@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.studies.cells import Cells
+from alignment.studies.claim import Gate
 from alignment.studies.cost import Unit
 from alignment.studies.design import Study, Task
 from alignment.studies.statistics import bootstrap_interval, seed_interval, word
@@ -114,10 +115,16 @@ def _at_end(study: Study, point: Mapping[str, Any]) -> list[str]:
 
 def _gates(study: Study, own: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for i, gate in enumerate(study.claim.gate):
+    claim = study.claim
+    for i, gate in enumerate(claim.gate):
         value = fmean(r["gates"][i] for (arm, _), r in own.items() if arm == gate.arm)
         met = (gate.at_least is None or value >= gate.at_least) and (gate.at_most is None or value <= gate.at_most)
         found.append(gate.model_dump() | {"measured": value, "met": met})
+    if (level := claim.measure.accuracy) is not None:  # runs that never were there cannot be compared there
+        for arm in (claim.primary.arm, claim.primary.against):
+            best = min(r["best_accuracy"] for (name, _), r in own.items() if name == arm)
+            gate = Gate(arm=arm, metric="eval/accuracy", when="highest", at_least=level, text="every run gets there")
+            found.append(gate.model_dump() | {"measured": best, "met": best >= level})
     return found
 
 

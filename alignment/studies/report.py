@@ -118,13 +118,16 @@ def _about(results: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _measure(measure: Mapping[str, Any]) -> str:
+    if measure["metric"] == "matched":
+        return f"{_score(measure)} where accuracy reaches {measure['accuracy']:g}"
     if measure["metric"] == "final":
         return f"{_score(measure)} at the budget"
     return f"mean {_score(measure)} over {measure['over']}"
 
 
 def _score(measure: Mapping[str, Any]) -> str:
-    return "accuracy" if measure["pass_at"] == 1 else f"pass@{measure['pass_at']}"
+    of = "" if measure["problems"] == "*" else f" of {measure['problems']}"
+    return ("accuracy" if measure["pass_at"] == 1 else f"pass@{measure['pass_at']}") + of
 
 
 def _asked(gate: Mapping[str, Any]) -> str:

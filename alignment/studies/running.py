@@ -88,7 +88,7 @@ def compute(study: Study, task: Task) -> dict[str, Any]:
     assert saved is not None, "the last step of a run is saved"
     row["policy"] = f"{saved.step}:{digest(read_tensors(saved.folder / 'learner' / 'policy.safetensors'))}"
     if task.kind == "report":
-        row["gates"] = [_gate(study, i, run) if g.arm == task.arm else None for i, g in enumerate(claim.gate)]
+        row["gates"] = [_gate(study, i, run, row) if g.arm == task.arm else None for i, g in enumerate(claim.gate)]
     return row
 
 
@@ -99,8 +99,8 @@ def one(claim: Path, folder: Path, quick: bool, task: Task) -> tuple[dict[str, A
     return result, time.monotonic() - begun
 
 
-def _gate(study: Study, index: int, run: Path) -> float:
+def _gate(study: Study, index: int, run: Path, row: Mapping[str, Any]) -> float:
     try:
-        return gate_value(read_lines(run), study.claim.gate[index])
+        return gate_value(read_lines(run), study.claim.gate[index], [at[3] for at in row["curve"]])
     except ValueError as error:
         raise study.problem(("gate", index, "metric"), str(error)) from error

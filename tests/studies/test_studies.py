@@ -10,7 +10,7 @@ from alignment.recipe import load
 from alignment.recipe_tree import RecipeError
 from alignment.studies.claim import Gate, Measure, read_claim
 from alignment.studies.cost import Sizes, costs, flops, linear_weights, sizes_of
-from alignment.studies.curve import gate_value, weights
+from alignment.studies.curve import crossing, gate_value, weights
 from alignment.studies.design import Study
 from alignment.studies.judge import paired
 from alignment.studies.statistics import bootstrap_interval, seed_interval, student, word
@@ -173,3 +173,22 @@ def test_mistakes_in_the_recipes_of_a_claim_are_told_with_its_line(tmp_path, cha
     study = Study(read_claim(write_claim(tmp_path, change)), tmp_path / "out")
     with pytest.raises(RecipeError, match=told):
         study.check()
+
+
+def test_gates_read_ratios_falls_and_the_measure():
+    lines = [{"kind": "train", "entropy": value} for value in (0.5, 0.8, 0.1)]
+    found = [
+        gate_value(lines, Gate(arm="a", metric="entropy", when=w, at_most=1)) for w in ("ratio", "fall", "highest")
+    ]
+    assert found == pytest.approx([0.2, 0.7, 0.8])
+    assert gate_value([], Gate(arm="a", metric="measure", when="fall", at_least=0), [0.2, 0.9, 0.6]) == pytest.approx(
+        0.3
+    )
+    with pytest.raises(ValueError, match="begins at 0"):
+        gate_value([], Gate(arm="a", metric="measure", when="ratio", at_least=0), [0.0, 0.9])
+
+
+def test_matched_weighs_the_two_evaluations_around_the_first_crossing():
+    assert crossing([0.2, 0.4, 0.8, 0.1, 0.9], 0.5) == pytest.approx([0, 0.75, 0.25, 0, 0])
+    assert crossing([0.6, 0.4], 0.5) == pytest.approx([1, 0]) and crossing([0.2, 0.5], 0.5) == pytest.approx([0, 1])
+    assert crossing([0.1, 0.2], 0.5) == pytest.approx([0, 0])

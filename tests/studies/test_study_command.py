@@ -30,7 +30,7 @@ class CtrlC:
     """Presses Ctrl-C in the first step of a run."""
 
     def start(self, run: Any) -> None: ...
-    def rollouts(self, *_: Any) -> None: ...
+    def rollouts(self, step: int, stage: str, groups: Any) -> None: ...
     def finish(self, result: Any) -> None: ...
     def close(self) -> None: ...
     def log(self, record: Any) -> None:
@@ -177,12 +177,16 @@ def test_a_dry_run_lists_runs_and_starts_none(whole, tmp_path):
 
 def test_quick_gives_no_verdict_and_publishes_nothing_and_a_gate_is_told(tmp_path):
     gate = [{"arm": "plain", "metric": "zero_variance", "at_most": -1.0, "text": "some variance"}]
-    claim = write_claim(tmp_path, {"gate": gate, "warm_up": {"stages": 1}})
+    measure = {"metric": "matched", "accuracy": 1e-3, "pass_at": 16, "problems": "arithmetic/*"}
+    quick = {"set": {"stages.0.steps": 20, "evaluation": {"samples": 16, "sampling": {"temperature": 1.0}}}}
+    claim = write_claim(tmp_path, {"gate": gate, "measure": measure, "quick": quick})
     told = invoke(claim, "--quick", "--out", tmp_path / "out", "--docs", tmp_path / "docs")
     assert told.strip().endswith("quick: no verdict") and "| some variance (plain) | at most -1 |" in told
     assert not (tmp_path / "docs").exists() and (tmp_path / "out" / "small.png").is_file()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [gate["met"] for gate in results["gate"]] == [False] and results["seeds"]["report"] == [1]
+    assert [gate["met"] for gate in results["gate"]] == [False, True, True] and results["seeds"]["report"] == [1]
+    assert "pass@16 of arithmetic/* where accuracy reaches 0.001" in told
+    assert all(arm["value"] > 0 for arm in results["arms"])  # both get to that accuracy
 
 
 def test_what_a_user_can_mend_is_told_without_a_traceback(tmp_path):
