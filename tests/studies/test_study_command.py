@@ -203,3 +203,12 @@ def test_several_runs_at_a_time_give_the_same_numbers(whole, tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
     known = {(cell["arm"], cell["seed"]): cell["curve"] for cell in whole.results["cells"]}
     assert all(known[cell["arm"], cell["seed"]] == cell["curve"] for cell in found if cell["arm"] != "zero")
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*/claim.yaml"))
+
+
+@pytest.mark.parametrize("claim", SHIPPED, ids=lambda path: path.parent.name)
+def test_shipped_studies_run_quickly(claim, tmp_path):
+    told = invoke(claim, "--quick", "--out", tmp_path / "out", "--docs", tmp_path / "docs")
+    assert told.strip().endswith("quick: no verdict")
