@@ -53,13 +53,13 @@ QUICK = Work(rows=4, prompt_tokens=8, completion_tokens=6, top_k=4, rounds=1)
 
 
 def build(work: Work, seed: int, **sizes: Any) -> Any:
-    """A model with random weights."""
-    from alignment.models import load_model
+    """A model with random weights, which knows its origin."""
+    from alignment.origin import Origin
     from alignment.recipe_sections import ModelConfig
 
     positions = work.prompt_tokens + work.completion_tokens
     config = {"build": {**POLICY, "alphabet": ALPHABET, "max_positions": positions, **sizes}}
-    return load_model(ModelConfig.model_validate(config), seed)
+    return Origin(ModelConfig.model_validate(config), seed).make()
 
 
 def value_model(work: Work, size: str, folder: Path) -> Any:

@@ -31,6 +31,8 @@ NAMES = (
     "long_tailed",
     "controller",
     "curricula",
+    "prompt_curriculum",
+    "entropy",
     "vllm_throughput",
     "decoding",
     "ppo_step",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.algorithms.entropy_controls import entropy_controls
 from alignment.curricula import curricula
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +48,30 @@ def test_choosing_prompts_is_measured_for_every_selector(tmp_path):
     assert len(found["goals"]) == 6
 
 
+def test_choosing_by_a_model_is_measured_beside_rollouts(tmp_path):
+    out = tmp_path / "result.json"
+    done = run("benchmarks/prompt_curriculum.py", "--quick", "--engines", "transformers", "--json", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = json.loads(out.read_text())["tables"]
+    assert [(row["sampler"], row["length"]) for row in table["rows"]] == [("transformers", 2), ("transformers", 4)]
+    for row in table["rows"]:
+        assert row["choosing / rollouts"] == pytest.approx(row["choosing, s"] / row["rollouts, s"])  # of one round
+        assert row["fitting, s"] > 0
+
+
+def test_a_step_with_each_entropy_control_is_measured_beside_one_without(tmp_path):
+    done = run("benchmarks/entropy.py", "--quick", "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = json.loads((tmp_path / "result.json").read_text())["tables"]
+    measured = {row["control"].partition(",")[0]: row for row in table["rows"]}
+    ours = {entry.name for entry in entropy_controls if "alignment." in str(entry.cls)}
+    assert measured.keys() == ours and len(table["rows"]) == len(ours) + 2
+    assert measured["bonus"]["asks for"] == "nothing" and "drift" in measured["steer"]["asks for"]
+    assert all(row["from"] <= row["times the step with its passes"] <= row["to"] for row in table["rows"])
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["vllm_throughput", "decoding", "transport", "quickstart"])
+@pytest.mark.parametrize("name", ["prompt_curriculum", "vllm_throughput", "decoding", "transport", "quickstart"])
 def test_the_benchmarks_of_the_real_engines_run(name, tmp_path):
     out = tmp_path / "results.json"
     done = run("benchmarks/run.py", "--quick", "--only", name, "--threads", 1, "--out", out)
