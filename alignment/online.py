@@ -59,11 +59,10 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
             batch = credit(batch, algorithm, states)
         job.settled = False
         with phases("update"), job.meanwhile(collector.pump):
-            gram_KK = _gram(job, algorithm, batch, objective)
-            passed_over = {} if gram_KK is None else {"gram/fitted_tokens": float(len(gram_KK) * batch.length_B.sum())}
+            gram_KK, read_back = _gram(job, algorithm, batch, objective)
             watched = Watched(objective) if objective and job.engines.in_process else objective
             metrics = learner.update(batch, watched) | batch_metrics(batch) | advantage_metrics(batch)
-            metrics |= _taught(job, mixer, slots, state.step) | passed_over
+            metrics |= _taught(job, mixer, slots, state.step) | read_back
         metrics |= job.publish(sealed.state.step + 1) | read | {"staleness": float(lag)}
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
         with phases("record"):
@@ -87,12 +86,15 @@ def _taught(job: Job, mixer: Mixer, slots: Mapping[str, Sequence[Group]], step: 
     return metrics
 
 
-def _gram(job: Job, algorithm: Algorithm, batch: Batch, objective: Objective | None) -> Tensor | None:
-    """Inner products of the components' gradients on ``batch``, where a weighting asks for them."""
+def _gram(
+    job: Job, algorithm: Algorithm, batch: Batch, objective: Objective | None
+) -> tuple[Tensor | None, dict[str, float]]:
+    """Inner products of the components' gradients on ``batch``, where a weighting asks for them, and what they cost."""
     if objective is None or "gram" not in algorithm.needs:
-        return None
+        return None, {}
     layers = getattr(algorithm.weighting, "layers", None)
-    return job.engines.learner.gram(batch, objective, component_advantages(batch, algorithm), layers)
+    gram_KK = job.engines.learner.gram(batch, objective, component_advantages(batch, algorithm), layers)
+    return gram_KK, {"gram/fitted_tokens": float(len(gram_KK) * batch.length_B.sum())}
 
 
 def _flat(evaluation: Evaluation | None) -> dict[str, float] | None:
