@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import Annotated, Any
 
 import numpy as np
@@ -58,12 +57,11 @@ class Thompson:
 
     def beliefs(self, state: Any, prompts: Sequence[Prompt], step: int) -> tuple[np.ndarray[Any, Any], ...]:
         """Both parameters of each prompt's Beta distribution at ``step``."""
-        ids, nothing = [prompt.id for prompt in prompts], (0.0, 0.0, step)
-        known = map(state["recent"].get, ids, map(state["seen"].get, ids, repeat(nothing)))
-        numbers = np.fromiter(chain.from_iterable(known), np.float64, 3 * len(ids))  # twice as fast as by lists
-        right, wrong, then = numbers.reshape(-1, 3).T
-        left = 0.5 ** ((step - then) / self.half_life)
-        return 1 + right * left, 1 + wrong * left
+        seen, recent, nothing = state["seen"].get, state["recent"].get, (0.0, 0.0, step)
+        found = [recent(prompt.id) or seen(prompt.id, nothing) for prompt in prompts]
+        right, wrong, then = zip(*found, strict=True)
+        left = 0.5 ** ((step - np.array(then, dtype=np.float64)) / self.half_life)
+        return 1 + np.array(right, dtype=np.float64) * left, 1 + np.array(wrong, dtype=np.float64) * left
 
     def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
         """The counts with those of all sampled groups, whatever became of them."""
