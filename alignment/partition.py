@@ -181,12 +181,16 @@ class Share:
     def micro_batches(self, batch: Batch, max_tokens: int) -> list[tuple[Tensor, Batch]]:
         """Row indices in ``batch``, and rows, of this rank's micro-batches; rows without a trained token are left out.
 
-        All ranks get the same number. One without rows holds a row that stands in, in which nothing is trained on, so
-        that all ranks go through the model together.
+        The two sides of a pair are in one micro-batch. All ranks get the same number. One without rows holds a row that
+        stands in, in which nothing is trained on, so that all ranks go through the model together.
         """
         rows = batch.loss_mask_BT.any(1).nonzero()[:, 0]
-        plan = plan_ranks(batch.length_B[rows], self.ranks, max_tokens, self.cost)[self.rank]
-        return [(rows[micro], batch.rows(rows[micro]) if len(micro) else _stand_in(batch, rows)) for micro in plan]
+        units = rows[:, None] if batch.side_B is None else _pairs(batch, rows)
+        width_U = batch.length_B[units.clamp(min=0)].where(units >= 0, 0).amax(1) * (units >= 0).sum(1)
+        plan = plan_ranks(width_U, self.ranks, max_tokens, self.cost)[self.rank]
+        taken = [units[micro].flatten() for micro in plan]
+        taken = [index[index >= 0] for index in taken]
+        return [(index, batch.rows(index) if len(index) else _stand_in(batch, rows)) for index in taken]
 
     def compute(
         self, batch: Batch, max_tokens: int, fields_of: Callable[[Batch], Mapping[str, Tensor]]
@@ -209,6 +213,18 @@ class Share:
                 else:
                     whole[name][rows] = value
         return whole
+
+
+def _pairs(batch: Batch, rows: Tensor) -> Tensor:
+    """``[U, most]``: the ``rows`` that share a group, which have to be computed together; -1 fills up."""
+    _, group_R = torch.unique(batch.group_B[rows], return_inverse=True)
+    order = group_R.argsort(stable=True)
+    sizes_U = torch.bincount(group_R)
+    place_R = torch.arange(len(rows), device=rows.device) - (sizes_U.cumsum(0) - sizes_U)[group_R[order]]
+    most = int(sizes_U.max()) if len(sizes_U) else 1
+    units = rows.new_full((len(sizes_U), most), -1)
+    units[group_R[order], place_R] = rows[order]
+    return units
 
 
 def _stand_in(batch: Batch, rows: Tensor) -> Batch:

@@ -191,8 +191,12 @@ class Data(Section):
     demonstrations: Annotated[Source, component(sources)] | None = None
     preferences: Annotated[Source, component(sources)] | None = None
     eval: Annotated[Source, component(sources)] | None = None
+    eval_preferences: Annotated[Source, component(sources)] | None = None
+    """Held-out pairs, on which preference stages are measured."""
     max_prompt_tokens: Count = 512
     """Longer prompts are left out and counted."""
+    max_completion_tokens: Count | None = None
+    """Longer demonstrations and sides of preferences are bad rows: what is cut off is no longer what was judged."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens when rows cannot be used: the run does not start, or it goes on without them, if they are at most
     1 % of a section's rows."""

@@ -13,15 +13,20 @@ from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.models import Messages, Model, Tokenizer, encode_prompt, encode_prompts, stop_ids
 from alignment.recipe import Recipe, RolloutStage
-from alignment.types import Preference, Prompt, Rollout, SamplingParams
+from alignment.types import Group, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from alignment.scoring import Scorer
 
 log = logging.getLogger(__name__)
 
-SECTIONS = ("train", "demonstrations", "preferences", "eval")
-NEEDED: Mapping[str, tuple[str, ...]] = {"demonstrations": ("completion",), "preferences": ("chosen", "rejected")}
+SECTIONS = ("train", "demonstrations", "preferences", "eval", "eval_preferences")
+PAIRED = ("chosen", "rejected")
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "demonstrations": ("completion",),
+    "preferences": PAIRED,
+    "eval_preferences": PAIRED,
+}
 """Columns that each row of a section must have, beside ``prompt``."""
 MAX_SKIPPED_SHARE = 0.01
 REPORTED_BAD_ROWS = 5
@@ -93,8 +98,9 @@ class LoadedData:
     held_out: Sequence[Prompt] = ()
     demonstrations: Mapping[str, list[Rollout]] = field(default_factory=dict)
     """By the :attr:`~alignment.types.Prompt.key` of the prompt that they answer."""
-    preferences: Mapping[str, list[Preference]] = field(default_factory=dict)
-    """By the key of their prompt."""
+    preferences: Sequence[Group] = ()
+    """Pairs: the preferred completion first."""
+    held_out_preferences: Sequence[Group] = ()
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """:meth:`Section.report` of each section."""
     longest: Mapping[str, int] = field(default_factory=dict)
@@ -118,6 +124,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
     """
     sections: dict[str, Section] = {}
     demonstrations: dict[str, list[Rollout]] = {}
+    pairs: dict[str, list[Group]] = {}
     longest: dict[str, int] = {}
     eos_id = stop_ids(model.tokenizer, model.module)[0]
     for name in SECTIONS:
@@ -127,14 +134,19 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         if name in ("train", "eval"):
             section = section.set_aside(_missing_columns(section.prompts, scorer))
             section = section.set_aside(scorer.faults(section.prompts))
-        section, tokens, completions = _encoded(section, played(recipe, name), model.tokenizer)
+        section, tokens, sides = _encoded(section, played(recipe, name), model.tokenizer)
+        section = section.set_aside(_cut(p, sides, recipe.data.max_completion_tokens) for p in section.prompts)
         section = accepted(section, recipe.data.on_bad_row)
         if tokens:
             section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
             longest[name] = max(len(tokens[p.id]) for p in section.prompts)
-        for prompt in section.prompts if completions else ():
-            rollout = demonstration(prompt, tokens[prompt.id], (*completions[prompt.id], eos_id))
+        for prompt in section.prompts if name == "demonstrations" else ():
+            rollout = demonstration(prompt, tokens[prompt.id], (*sides["completion"][prompt.id], eos_id))
             demonstrations.setdefault(prompt.key, []).append(rollout)
+        if name.endswith("preferences"):
+            pairs[name] = [
+                _pair(i, prompt, tokens[prompt.id], sides, eos_id) for i, prompt in enumerate(section.prompts)
+            ]
         sections[name] = section
         _say(section)
     prompts = {name: section.prompts for name, section in sections.items()}
@@ -142,7 +154,8 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         train=prompts.get("train", ()),
         held_out=prompts.get("eval", ()),
         demonstrations=demonstrations,
-        preferences=_preferences(prompts.get("preferences", ())),
+        preferences=pairs.get("preferences", ()),
+        held_out_preferences=pairs.get("eval_preferences", ()),
         report={name: section.report() for name, section in sections.items()},
         longest=longest,
     )
@@ -193,7 +206,7 @@ def read_section(recipe: Recipe, name: str) -> Section | None:
 def played(recipe: Recipe, name: str) -> list[Environment]:
     """The environments that open with the prompts of ``data.<name>``."""
     if name == "train":
-        return [stage.environment for stage in recipe.stages if isinstance(stage, RolloutStage)]
+        return [stage.environment for stage in recipe.stages if isinstance(stage, RolloutStage) and stage.samples]
     return [recipe.evaluation_environment]
 
 
@@ -213,16 +226,17 @@ def accepted(section: Section, on_bad_row: str) -> Section:
     raise UserError(f"data.{section.name}: {bad} of {rows} rows cannot be used; {remedy}:\n{shown(section.bad)}")
 
 
-def demonstration(prompt: Prompt, prompt_ids: Tokens, token_ids: Tokens) -> Rollout:
-    """The rollout that an expert wrote: the row's ``completion`` and an end-of-sequence token, trained on in full."""
+def demonstration(prompt: Prompt, prompt_ids: Tokens, token_ids: Tokens, column: str = "completion") -> Rollout:
+    """The rollout that somebody wrote: the row's ``column`` and an end-of-sequence token, trained on in full."""
+    kind = "demonstration" if column == "completion" else column
     return Rollout(
-        id=f"demonstration/{prompt.id}",
+        id=f"{kind}/{prompt.id}",
         prompt_id=prompt.id,
         prompt_ids=prompt_ids,
         token_ids=token_ids,
         loss_mask=(True,) * len(token_ids),
         behaviour_logp=(0.0,) * len(token_ids),
-        text=prompt.row["completion"],
+        text=prompt.row[column],
         finish_reason="stop",
         seed=0,
         sampler="demonstration",
@@ -234,11 +248,18 @@ def demonstration(prompt: Prompt, prompt_ids: Tokens, token_ids: Tokens) -> Roll
     )
 
 
-def _preferences(prompts: Sequence[Prompt]) -> dict[str, list[Preference]]:
-    found: dict[str, list[Preference]] = {}
-    for prompt in prompts:
-        found.setdefault(prompt.key, []).append(Preference(prompt, prompt.row["chosen"], prompt.row["rejected"]))
-    return found
+def _pair(
+    uid: int, prompt: Prompt, prompt_ids: Tokens, sides: Mapping[str, Mapping[str, Tokens]], eos_id: int
+) -> Group:
+    """The two sides of a preference; their rewards are the row's ``chosen_score`` and ``rejected_score``, if given."""
+    rollouts = [
+        replace(
+            demonstration(prompt, prompt_ids, (*sides[column][prompt.id], eos_id), column),
+            reward=prompt.row.get(f"{column}_score"),
+        )
+        for column in PAIRED
+    ]
+    return Group(uid, prompt, tuple(rollouts))
 
 
 def _missing_columns(prompts: Sequence[Prompt], scorer: "Scorer") -> list[str | None]:
@@ -260,8 +281,8 @@ def _missing_columns(prompts: Sequence[Prompt], scorer: "Scorer") -> list[str | 
 
 def _encoded(
     section: Section, environments: Sequence[Environment], tokenizer: Tokenizer
-) -> tuple[Section, dict[str, Tokens], dict[str, Tokens]]:
-    """The tokens of prompts, in the environment that shows the most, and of demonstrated completions, by prompt id.
+) -> tuple[Section, dict[str, Tokens], dict[str, dict[str, Tokens]]]:
+    """The tokens of prompts, in the environment that shows the most, and of completions, by column and prompt id.
 
     Rows that cannot be encoded are set aside. Without environments there are no tokens.
     """
@@ -274,11 +295,38 @@ def _encoded(
         known.append(opened)
         section, tokens = _with_tokens(section, opened, tokenizer)
         longest = {name: max(longest.get(name, ()), ids, key=len) for name, ids in tokens.items()}
-    if section.name != "demonstrations":
-        return section, longest, {}
-    completions = [prompt.row["completion"] for prompt in section.prompts]
-    section, encoded = _with_tokens(section, completions, tokenizer)
-    return section, longest, encoded
+    sides: dict[str, dict[str, Tokens]] = {}
+    for column in NEEDED.get(section.name, ()):
+        section = section.set_aside(_side_fault(prompt, column) for prompt in section.prompts)
+        section, sides[column] = _with_tokens(section, [p.row[column] for p in section.prompts], tokenizer)
+    if section.name.endswith("preferences"):
+        section = section.set_aside(
+            "'chosen' and 'rejected' are the same tokens" if sides["chosen"][p.id] == sides["rejected"][p.id] else None
+            for p in section.prompts
+        )
+    return section, longest, sides
+
+
+def _cut(prompt: Prompt, sides: Mapping[str, Mapping[str, Tokens]], limit: int | None) -> str | None:
+    """Which completion of a row is too long, and what to do about it; the end-of-sequence token counts."""
+    for column, tokens in sides.items():
+        length = len(tokens[prompt.id]) + 1
+        if limit is not None and length > limit:
+            return (
+                f"{column!r} has {length:,} tokens, more than data.max_completion_tokens ({limit:,}), and one that is "
+                "cut off is not what was judged: raise that number or shorten the row"
+            )
+    return None
+
+
+def _side_fault(prompt: Prompt, column: str) -> str | None:
+    """Why a completion, or the score of one, cannot be used."""
+    score = prompt.row.get(f"{column}_score")
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or score != score):
+        return f"'{column}_score' must be a number, not {score!r}"
+    if not isinstance(prompt.row[column], str):
+        return f"{column!r} has several messages; give the answer as text, and the turns before it in 'prompt'"
+    return None
 
 
 def _with_tokens(
