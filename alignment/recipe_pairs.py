@@ -19,8 +19,10 @@ def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
         if recipe.data.preferences is None:
             message = "a stage 'preference' needs data.preferences, or pairs that it samples: pairs: best_worst"
             yield Conflict(place, message, (("data", "preferences"), (*place, "pairs")))
-        given = stage.model_fields_set & {"prompts_per_step", "group_size", "sampling", "curricula", "environment"}
-        for name in sorted(given):
+        plain = type(stage)(steps=1)  # a run's own copy of its recipe says every default
+        for name in ("prompts_per_step", "group_size", "sampling", "curricula", "environment"):
+            if getattr(stage, name) == getattr(plain, name):
+                continue
             message = "says how completions are sampled, and this stage takes the pairs of data.preferences"
             yield Conflict((*place, name), f"{message}: leave it out, or set pairs to best_worst", ((*place, "pairs"),))
     elif stage.group_size < 2:
@@ -31,7 +33,7 @@ def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
     if reference == "cached" and stage.mismatched:
         message = "'cached' has nothing of prompts with other ones' completions, which 'kto' asks for: take 'copy'"
         yield Conflict(here, message, ((*place, "losses"),))
-    if not stage.compares and "reference" in stage.model_fields_set:
+    if not stage.compares and reference != "copy":
         names = ", ".join(preference_losses.name_of(loss) for loss in stage.losses)
         yield Conflict(here, f"is not looked at by {names}: leave it out", ((*place, "losses"),))
     if stage.guided and recipe.data.demonstrations is None:
