@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from alignment.data.rows import shown
+from alignment.data.sides import PAIRED, Tokens, demonstration, pair_of, side_fault, too_long
 from alignment.data.sources import describe
 from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.models import Messages, Model, Tokenizer, encode_prompt, encode_prompts, stop_ids
 from alignment.recipe import Recipe, RolloutStage
-from alignment.types import Group, Prompt, Rollout, SamplingParams
+from alignment.types import Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from alignment.scoring import Scorer
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECTIONS = ("train", "demonstrations", "preferences", "eval", "eval_preferences")
-PAIRED = ("chosen", "rejected")
 NEEDED: Mapping[str, tuple[str, ...]] = {
     "demonstrations": ("completion",),
     "preferences": PAIRED,
@@ -30,7 +30,6 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 """Columns that each row of a section must have, beside ``prompt``."""
 MAX_SKIPPED_SHARE = 0.01
 REPORTED_BAD_ROWS = 5
-Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
             section = section.set_aside(_missing_columns(section.prompts, scorer))
             section = section.set_aside(scorer.faults(section.prompts))
         section, tokens, sides = _encoded(section, played(recipe, name), model.tokenizer)
-        section = section.set_aside(_cut(p, sides, recipe.data.max_completion_tokens) for p in section.prompts)
+        section = section.set_aside(too_long(p, sides, recipe.data.max_completion_tokens) for p in section.prompts)
         section = accepted(section, recipe.data.on_bad_row)
         if tokens:
             section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
@@ -145,7 +144,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
             demonstrations.setdefault(prompt.key, []).append(rollout)
         if name.endswith("preferences"):
             pairs[name] = [
-                _pair(i, prompt, tokens[prompt.id], sides, eos_id) for i, prompt in enumerate(section.prompts)
+                pair_of(i, prompt, tokens[prompt.id], sides, eos_id) for i, prompt in enumerate(section.prompts)
             ]
         sections[name] = section
         _say(section)
@@ -226,42 +225,6 @@ def accepted(section: Section, on_bad_row: str) -> Section:
     raise UserError(f"data.{section.name}: {bad} of {rows} rows cannot be used; {remedy}:\n{shown(section.bad)}")
 
 
-def demonstration(prompt: Prompt, prompt_ids: Tokens, token_ids: Tokens, column: str = "completion") -> Rollout:
-    """The rollout that somebody wrote: the row's ``column`` and an end-of-sequence token, trained on in full."""
-    kind = "demonstration" if column == "completion" else column
-    return Rollout(
-        id=f"{kind}/{prompt.id}",
-        prompt_id=prompt.id,
-        prompt_ids=prompt_ids,
-        token_ids=token_ids,
-        loss_mask=(True,) * len(token_ids),
-        behaviour_logp=(0.0,) * len(token_ids),
-        text=prompt.row[column],
-        finish_reason="stop",
-        seed=0,
-        sampler="demonstration",
-        sampling=SamplingParams(max_tokens=len(token_ids)),
-        versions=(),
-        source="demonstration",
-        ratio_base="self",
-        turns=(("assistant", 0, len(token_ids)),),
-    )
-
-
-def _pair(
-    uid: int, prompt: Prompt, prompt_ids: Tokens, sides: Mapping[str, Mapping[str, Tokens]], eos_id: int
-) -> Group:
-    """The two sides of a preference; their rewards are the row's ``chosen_score`` and ``rejected_score``, if given."""
-    rollouts = [
-        replace(
-            demonstration(prompt, prompt_ids, (*sides[column][prompt.id], eos_id), column),
-            reward=prompt.row.get(f"{column}_score"),
-        )
-        for column in PAIRED
-    ]
-    return Group(uid, prompt, tuple(rollouts))
-
-
 def _missing_columns(prompts: Sequence[Prompt], scorer: "Scorer") -> list[str | None]:
     """What rewards need and single rows lack.
 
@@ -297,7 +260,7 @@ def _encoded(
         longest = {name: max(longest.get(name, ()), ids, key=len) for name, ids in tokens.items()}
     sides: dict[str, dict[str, Tokens]] = {}
     for column in NEEDED.get(section.name, ()):
-        section = section.set_aside(_side_fault(prompt, column) for prompt in section.prompts)
+        section = section.set_aside(side_fault(prompt, column) for prompt in section.prompts)
         section, sides[column] = _with_tokens(section, [p.row[column] for p in section.prompts], tokenizer)
     if section.name.endswith("preferences"):
         section = section.set_aside(
@@ -305,28 +268,6 @@ def _encoded(
             for p in section.prompts
         )
     return section, longest, sides
-
-
-def _cut(prompt: Prompt, sides: Mapping[str, Mapping[str, Tokens]], limit: int | None) -> str | None:
-    """Which completion of a row is too long, and what to do about it; the end-of-sequence token counts."""
-    for column, tokens in sides.items():
-        length = len(tokens[prompt.id]) + 1
-        if limit is not None and length > limit:
-            return (
-                f"{column!r} has {length:,} tokens, more than data.max_completion_tokens ({limit:,}), and one that is "
-                "cut off is not what was judged: raise that number or shorten the row"
-            )
-    return None
-
-
-def _side_fault(prompt: Prompt, column: str) -> str | None:
-    """Why a completion, or the score of one, cannot be used."""
-    score = prompt.row.get(f"{column}_score")
-    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or score != score):
-        return f"'{column}_score' must be a number, not {score!r}"
-    if not isinstance(prompt.row[column], str):
-        return f"{column!r} has several messages; give the answer as text, and the turns before it in 'prompt'"
-    return None
 
 
 def _with_tokens(
