@@ -249,6 +249,15 @@ class Job:
         shown = sum(len(rollouts) for rollouts in self.data.demonstrations.values())
         return {"demonstrations": min(shown, steps * config.batch_size)}
 
+    def measured(self, stage: str) -> dict[str, dict[str, float]]:
+        """What a stage measured at its ends beside evaluations: counters ``WHAT/before/STAGE``, ``WHAT/after/STAGE``."""
+        found: dict[str, dict[str, float]] = {}
+        for name, value in self.state.counters.items():
+            what, end, of = name.split("/", 2) if name.count("/") >= 2 else ("", "", "")
+            if of == stage and end in ("before", "after"):
+                found.setdefault(what, {})[end] = value
+        return found
+
     def resume(self, saved: Saved) -> None:
         """Takes back what the checkpoint says beside learner and state.
 

@@ -185,7 +185,7 @@ def _measured_before(job: Job, state: TrainState) -> tuple[TrainState, dict[str,
         return state, {}
     with job.phases("evaluate"):
         found = ranking_accuracy(job)
-    counters = {**state.counters, f"ranking_before/{job.stage.name}": found}
+    counters = {**state.counters, f"ranking/before/{job.stage.name}": found}
     return replace(state, counters=counters), {"held_out/ranking_before": found}
 
 
@@ -197,7 +197,7 @@ def _measured_after(job: Job, stage: PreferenceStage, state: TrainState) -> tupl
         return state, {}
     with job.phases("evaluate"):
         found = ranking_accuracy(job)
-    counters = {**state.counters, f"ranking_after/{stage.name}": found}
+    counters = {**state.counters, f"ranking/after/{stage.name}": found}
     return replace(state, counters=counters), {"held_out/ranking": found}
 
 

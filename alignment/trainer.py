@@ -234,7 +234,16 @@ def _result(job: Job, checkpoints: Checkpoints, status: Any, exit_code: int) -> 
         steps = job.state.stage_step if i == job.state.stage else stage.steps
         before, after = _measured(job, start), _measured(job, start + steps)
         stages.append(
-            StageResult(stage.name, stage.stage, steps, job.seconds.get(stage.name, 0.0), job.labels(i), before, after)
+            StageResult(
+                stage.name,
+                stage.stage,
+                steps,
+                job.seconds.get(stage.name, 0.0),
+                job.labels(i),
+                before,
+                after,
+                job.measured(stage.name),
+            )
         )
         start += steps
     best = checkpoints.best

@@ -83,7 +83,11 @@ def test_every_loss_teaches_the_preferred_side(tmp_path, loss):
     assert records[-1]["margin"] > records[0]["margin"] + 0.05
     assert records[-1]["held_out/ranking"] > records[0]["held_out/ranking_before"]
     assert records[0]["pairs"] == 8 and records[0]["optimizer_steps"] == 1
-    assert result["stages"][0]["labels"] == {"pairs": 16}
+    (stage,) = result["stages"]
+    assert stage["labels"] == {"pairs": 16}
+    assert stage["measured"] == {
+        "ranking": {"before": records[0]["held_out/ranking_before"], "after": records[-1]["held_out/ranking"]}
+    }
 
 
 def test_every_registered_loss_is_among_those():

@@ -1,7 +1,7 @@
 """Prompts made by rule: the source of procedural tasks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ class Procedural:
     size: Annotated[int | None, option("how many problems; all of the split when null", unit="prompts", ge=1)] = None
     seed: Annotated[int, option("which problems are taken, and their order")] = 0
     pairs: Annotated[
-        bool, option("also give 'chosen', the right completion, and 'rejected', that of another problem: preferences")
+        bool, option("preferences: also 'chosen', the right completion, and 'rejected', that of another problem")
     ] = False
 
     def __post_init__(self) -> None:
@@ -100,21 +100,19 @@ class Procedural:
 
 
 def _with_sides(rows: list[Prompt], name: str) -> list[Prompt]:
-    """Rows with ``chosen`` and ``rejected``: their own completion, and the next one in order that is another.
+    """Rows with ``chosen``, their own completion, and ``rejected``, the next one in alphabetical order: many begin alike.
 
     Raises:
         UserError: All problems have the same completion.
     """
-    texts = [row.row["completion"] for row in rows]
-    if len(set(texts)) < 2:
+    texts = sorted({row.row["completion"] for row in rows})
+    if len(texts) < 2:
         raise UserError(
             f"{name}: all {len(rows)} problems have the completion {texts[0]!r}, so none is wrong; raise size"
         )
-    found: list[Prompt] = []
-    for i, row in enumerate(rows):
-        wrong = next(text for step in range(1, len(texts)) if (text := texts[(i + step) % len(texts)]) != texts[i])
-        found.append(Prompt(row.id, {**row.row, "chosen": texts[i], "rejected": wrong}, row.origin))
-    return found
+    after = dict(zip(texts, [*texts[1:], texts[-2]], strict=True))
+    sides = [{"chosen": row.row["completion"], "rejected": after[row.row["completion"]]} for row in rows]
+    return [replace(row, row={**row.row, **own}) for row, own in zip(rows, sides, strict=True)]
 
 
 def _row(name: str, level: int, problem: Problem) -> dict[str, Any]:
