@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alignment.checkpoint import Checkpoints, load_state
 from alignment.engines.config import Site
 from alignment.engines.optimizer import HEAD
+from alignment.engines.reward_roles import RewardRoleSpec
 from alignment.engines.value_model import ValueModel, save_value_model
 from alignment.engines.value_roles import HeadRoleSpec, ValueRoleSpec
 from alignment.errors import UserError
@@ -19,7 +20,7 @@ from alignment.export import empty_target, model_of
 from alignment.model_saving import merged_weights
 from alignment.models import Tokenizer
 from alignment.origin import Origin, copy_policy
-from alignment.recipe import RolloutStage, load
+from alignment.recipe import load
 from alignment.runs import Run, resolve
 from alignment.tensorfile import copy_into, read_tensors, weights_of
 
@@ -69,7 +70,7 @@ def load_run_values(run: str, role: str = "critic", output: str | Path = "runs")
     config, seed = model_of(source)
     policy = Origin(config, seed).make()
     site = Site(policy, folders=tuple(map(str, recipe.plugin_folders)))
-    roles = stage.roles(site, tuple(s.column for s in recipe.reward_specs)) if isinstance(stage, RolloutStage) else {}
+    roles = stage.roles(site, tuple(s.column for s in recipe.reward_specs))
     if role not in roles or isinstance(roles[role], str):
         has = [name for name, spec in roles.items() if not isinstance(spec, str)]
         raise UserError(
@@ -81,6 +82,7 @@ def load_run_values(run: str, role: str = "critic", output: str | Path = "runs")
         model = ValueModel(_merged(policy.module).base_model, spec.shape)  # pyright: ignore[reportArgumentType]
         copy_into(dict(model.head.named_parameters()), _without_prefix(read_tensors(file), HEAD))
         return model.eval(), policy.tokenizer
+    spec = spec.as_values if isinstance(spec, RewardRoleSpec) else spec
     assert isinstance(spec, ValueRoleSpec)
     return _own(spec, file), policy.tokenizer  # it was trained on the policy's tokens
 

@@ -27,7 +27,7 @@ from alignment.ledger import Ledger, Verdicts
 from alignment.metrics import Phases, Record, Sink, entropy_change
 from alignment.models import Model, decode, stop_ids
 from alignment.positions import max_positions
-from alignment.recipe import OnlineStage, PreferenceStage, Recipe, RolloutStage, Sampling, Stage
+from alignment.recipe import OnlineStage, PreferenceStage, Recipe, RewardModelStage, RolloutStage, Sampling, Stage
 from alignment.rollouts import Player
 from alignment.runs import Run
 from alignment.scoring import Scorer
@@ -246,11 +246,13 @@ class Job:
             shown = int(counted.get(f"demonstrations/{config.name}", 0))
             verdicts = {"verdicts on its own rollouts": int(counted.get(f"verdicts/{config.name}", 0))}
             return verdicts | ({"demonstrations": shown} if shown else {})
+        if isinstance(config, RewardModelStage):
+            return {"pairs": min(len(self.data.preferences), steps * config.batch_size)}
         shown = sum(len(rollouts) for rollouts in self.data.demonstrations.values())
         return {"demonstrations": min(shown, steps * config.batch_size)}
 
     def measured(self, stage: str) -> dict[str, dict[str, float]]:
-        """What a stage measured at its ends beside evaluations: counters ``WHAT/before/STAGE``, ``WHAT/after/STAGE``."""
+        """What a stage measured at its ends, beside evaluations: counters like ``ranking/before/STAGE``."""
         found: dict[str, dict[str, float]] = {}
         for name, value in self.state.counters.items():
             what, end, of = name.split("/", 2) if name.count("/") >= 2 else ("", "", "")

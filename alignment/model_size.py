@@ -51,7 +51,7 @@ class Training:
     def of_stage(cls, stage: Any, model: ModelConfig) -> Self:
         """What the learner of a stage holds of the policy."""
         own = cls.of(stage.learner, model)
-        if stage.stage in ("sft", "preference"):
+        if stage.stage in ("sft", "preference", "reward_model"):
             return own
         slots = len(getattr(stage.credited.mixer, "slots", ()))
         return replace(own, optimizers=1 + slots, keeps_before="update_norm" in stage.credited.needs)

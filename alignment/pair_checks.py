@@ -1,10 +1,13 @@
 """Whether the pairs of a run suit its preference stages: found before the first step."""
 
 from alignment.algorithms.preferences import preference_losses
+from alignment.algorithms.reward_losses import reward_losses
 from alignment.data.load import LoadedData
 from alignment.errors import UserError
-from alignment.recipe import PreferenceStage, Recipe
+from alignment.recipe import PreferenceStage, Recipe, RewardModelStage
 from alignment.types import Group
+
+Paired = PreferenceStage | RewardModelStage
 
 
 def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None:
@@ -19,11 +22,16 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None
         UserError: The row or the stage, and the remedy.
     """
     for stage in recipe.stages:
-        if not isinstance(stage, PreferenceStage):
+        if isinstance(stage, RewardModelStage):
+            if getattr(stage.loss, "scores", False):
+                _refuse_unscored(stage, reward_losses.name_of(stage.loss), data)
+        elif not isinstance(stage, PreferenceStage):
             continue
         given = [] if stage.samples else data.preferences
         for pair in (*given, *data.held_out_preferences):
             _refuse_long(stage, pair, positions)
+        if isinstance(stage, RewardModelStage):
+            continue
         for loss in stage.losses:
             if getattr(loss, "scores", False) and not stage.samples:
                 _refuse_unscored(stage, preference_losses.name_of(loss), data)
@@ -31,7 +39,7 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None
             _refuse_unguided(stage, data)
 
 
-def _refuse_long(stage: PreferenceStage, pair: Group, positions: int | None) -> None:
+def _refuse_long(stage: Paired, pair: Group, positions: int | None) -> None:
     longest = max(len(r.prompt_ids) + len(r.token_ids) for r in pair.rollouts)
     row = pair.prompt.origin or pair.prompt.id
     if positions is not None and longest > positions:
@@ -47,7 +55,7 @@ def _refuse_long(stage: PreferenceStage, pair: Group, positions: int | None) -> 
         )
 
 
-def _refuse_unscored(stage: PreferenceStage, loss: str, data: LoadedData) -> None:
+def _refuse_unscored(stage: Paired, loss: str, data: LoadedData) -> None:
     for pair in data.preferences:
         if any(rollout.reward is None for rollout in pair.rollouts):
             row = pair.prompt.origin or pair.prompt.id

@@ -18,7 +18,7 @@ from alignment.errors import UserError
 from alignment.model_size import max_positions, memory_bytes
 from alignment.models import load_tokenizer
 from alignment.positions import demands, too_long
-from alignment.recipe import ModelConfig, PreferenceStage, Recipe, RolloutStage, SftStage, Stage
+from alignment.recipe import ModelConfig, PreferenceStage, Recipe, RewardModelStage, RolloutStage, SftStage, Stage
 from alignment.recipe_folders import missing_folders
 from alignment.recipe_tree import Problem, RecipeError
 from alignment.registry import REGISTRIES
@@ -209,8 +209,8 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
         rows = prompts = stage.batch_size
         section = data.get("demonstrations")
         group_size, minibatches, row_tokens = 1, 1, _longest(recipe, section.prompts) if section else None
-    elif isinstance(stage, PreferenceStage) and not stage.samples:
-        prompts = getattr(stage.pairs, "batch_size", 1)
+    elif isinstance(stage, RewardModelStage) or not stage.samples:
+        prompts = stage.batch_size if isinstance(stage, RewardModelStage) else getattr(stage.pairs, "batch_size", 1)
         section = data.get("preferences")
         group_size, minibatches, row_tokens = 2, 1, _longest(recipe, section.prompts, PAIRED) if section else None
         rows = 2 * prompts
@@ -254,6 +254,8 @@ def _longest(recipe: Recipe, rows: Sequence[Prompt], columns: Sequence[str] = ("
 def _passes(stage: Stage) -> Iterator[str]:
     """Passes of a model over the rows of a step, in their order."""
     trained = stage.updates_per_step
+    if isinstance(stage, RewardModelStage):
+        yield "update" if stage.members == 1 else f"update of {stage.members} reward models"
     if isinstance(stage, PreferenceStage):
         if stage.samples:
             every = getattr(stage.pairs, "every", 1)
@@ -289,6 +291,8 @@ def _components(stage: Stage) -> Iterator[tuple[str, str]]:
     engines = {name: part for name, part in engines.items() if part is not None}
     if isinstance(stage, SftStage):
         parts = {"aggregation": stage.aggregation, **engines}
+    elif isinstance(stage, RewardModelStage):
+        parts = {"loss": stage.loss, "head": stage.head, **engines}
     elif isinstance(stage, PreferenceStage):
         losses = {f"losses.{i}": loss for i, loss in enumerate(stage.losses)}
         parts = {

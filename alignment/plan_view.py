@@ -77,7 +77,7 @@ def _stage(stage: StagePlan) -> Table:
     if stage.sampled:
         rows = f"{stage.prompts:,} prompts x {stage.group_size} completions = {stage.rollouts:,} rollouts"
     else:
-        rows = f"{stage.prompts:,} {'pairs' if stage.stage == 'preference' else 'demonstrations'}"
+        rows = f"{stage.prompts:,} {'demonstrations' if stage.stage == 'sft' else 'pairs'}"
     table.add_row("rows", rows)
     tokens = UNKNOWN
     if stage.step_tokens is not None:

@@ -117,9 +117,18 @@ def _sampled(job: Job, stage: PreferenceStage) -> Feed:
 
 
 def _compared(job: Job, stage: PreferenceStage, pairs: Sequence[Group], step: int) -> Batch:
-    """The batch of ``pairs``, and of what else the losses ask for, with the side of every row."""
+    """The batch of ``pairs``, and of what else the losses ask for."""
     shown = job.data.demonstrations if stage.guided else None
-    groups, sides = compared(pairs, stage.mismatched, shown)
+    return _sided(job, *compared(pairs, stage.mismatched, shown), step)
+
+
+def paired(job: Job, pairs: Sequence[Group], step: int) -> Batch:
+    """The batch of ``pairs``, whose rows say which side they are on."""
+    return _sided(job, *compared(pairs, False, None), step)
+
+
+def _sided(job: Job, groups: Sequence[Group], sides: Sequence[int], step: int) -> Batch:
+    """The batch of ``groups``, with the side and the score of every row."""
     batch = job.collate(groups, step)
     rewards = [r.reward for group in groups for r in group.rollouts]
     reward_B = torch.tensor([torch.nan if r is None else r for r in rewards], dtype=torch.float32)

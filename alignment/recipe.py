@@ -19,6 +19,7 @@ from alignment.recipe_checks import conflicts, model_problems, secrets
 from alignment.recipe_errors import problems_of, without
 from alignment.recipe_imports import import_problems
 from alignment.recipe_preference import PreferenceStage
+from alignment.recipe_reward_model import RewardModelStage
 from alignment.recipe_sections import (
     Build,
     Data,
@@ -231,6 +232,7 @@ __all__ = [
     "PreferenceStage",
     "Recipe",
     "RecipeError",
+    "RewardModelStage",
     "RolloutStage",
     "Run",
     "Sampling",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def refusals(recipe: "Recipe") -> Iterator[Conflict]:
     """Curricula that cannot be in one list, and replay that nothing corrects."""
     for index, stage in enumerate(recipe.stages):
-        if stage.stage == "sft" or not stage.samples:
+        if stage.stage in ("sft", "reward_model") or not stage.samples:
             continue
         here: Place = ("stages", index, "curricula")
         yield from (Conflict(here, text) for verdict, text in remarks(stage.curricula) if verdict == "refused")
@@ -31,7 +31,7 @@ def refusals(recipe: "Recipe") -> Iterator[Conflict]:
 def advice(recipe: "Recipe") -> Iterator[Conflict]:
     """What is told when a run starts or a recipe is checked, and is no reason to refuse it."""
     for index, stage in enumerate(recipe.stages):
-        if stage.stage != "sft" and stage.samples:
+        if stage.stage not in ("sft", "reward_model") and stage.samples:
             place: Place = ("stages", index, "curricula")
             yield from (Conflict(place, text) for verdict, text in remarks(stage.curricula) if verdict == "warns")
         if stage.stage == "online":

@@ -3,7 +3,7 @@ finished run can be exported where they are no longer there."""
 
 from alignment.data.hub import names_folder
 from alignment.errors import UserError
-from alignment.recipe import Recipe, RolloutStage
+from alignment.recipe import Recipe, RewardModelStage, RolloutStage
 from alignment.recipe_sections import folder_beside
 from alignment.recipe_tree import Place, Problem
 
@@ -13,7 +13,7 @@ def missing_folders(recipe: Recipe, first_stage: int = 0) -> list[Problem]:
     path = recipe.model.path
     wanted: list[tuple[Place, str]] = [(("model", "path"), path)] if path and names_folder(path) else []
     for index, stage in enumerate(recipe.stages[first_stage:], first_stage):
-        if isinstance(stage, RolloutStage):
+        if isinstance(stage, RolloutStage | RewardModelStage):
             wanted += [(("stages", index, *place), folder) for place, folder in stage.folders()]
     problems: list[Problem] = []
     for place, folder in wanted:
@@ -21,4 +21,9 @@ def missing_folders(recipe: Recipe, first_stage: int = 0) -> list[Problem]:
             folder_beside(folder, recipe.folder)
         except UserError as error:
             problems += recipe.error(place, str(error)).problems
+    members = {s.name: s.members for s in recipe.stages if isinstance(s, RewardModelStage)}
+    for index, spec in enumerate(recipe.reward_specs):
+        ask = getattr(spec.function, "missing", None)
+        if ask is not None and (why := ask(recipe.folder, members)):
+            problems += recipe.error(("rewards", index), why).problems
     return problems

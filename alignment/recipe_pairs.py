@@ -8,7 +8,7 @@ from alignment.recipe_tree import Conflict, Place
 from alignment.references import references
 
 if TYPE_CHECKING:
-    from alignment.recipe import PreferenceStage, Recipe
+    from alignment.recipe import PreferenceStage, Recipe, RewardModelStage
 
 
 def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Place) -> Iterator[Conflict]:
@@ -39,3 +39,14 @@ def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
     if stage.guided and recipe.data.demonstrations is None:
         message = "'nll' of ground_truth needs data.demonstrations"
         yield Conflict((*place, "losses"), message, (("data", "demonstrations"),))
+
+
+def reward_model_conflicts(recipe: "Recipe", stage: "RewardModelStage", place: Place) -> Iterator[Conflict]:
+    """Reward models that have nothing to learn from, or nothing to be."""
+    if recipe.data.preferences is None:
+        yield Conflict(place, "a stage 'reward_model' needs data.preferences", (("data", "preferences"),))
+    if stage.model is not None and stage.start is not None:
+        yield Conflict((*place, "start"), "goes with the model that it was saved with: leave 'model' out")
+    if stage.start is not None and stage.members > 1:
+        message = f"{stage.members} would all begin with the head of 'start', so only the order of data would differ"
+        yield Conflict((*place, "members"), f"{message}: give 'model' in its place", ((*place, "start"),))

@@ -19,6 +19,7 @@ from alignment.engines.learner_config import LearnerConfig, learners
 from alignment.engines.roles import RoleSpec
 from alignment.guidance import Guidance
 from alignment.recipe_preference import PreferenceStage
+from alignment.recipe_reward_model import RewardModelStage
 from alignment.recipe_rollouts import RolloutStage, default
 from alignment.recipe_sections import Choice, Count, Label, Section
 from alignment.recipe_tree import Place
@@ -172,10 +173,15 @@ class ValueStage(RolloutStage):
         return True
 
 
-Stage = SftStage | PreferenceStage | OnlineStage | ValueStage
+Stage = SftStage | PreferenceStage | RewardModelStage | OnlineStage | ValueStage
 STAGES = Choice(
     "stage",
     "stages",
-    {"sft": SftStage, "preference": PreferenceStage, "online": OnlineStage, "value": ValueStage},
-    later=("reward_model",),
+    {
+        "sft": SftStage,
+        "preference": PreferenceStage,
+        "reward_model": RewardModelStage,
+        "online": OnlineStage,
+        "value": ValueStage,
+    },
 )

@@ -7,7 +7,8 @@ killed, import it.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from alignment.errors import UserError
@@ -28,6 +29,8 @@ class RewardFunction(Protocol):
     - ``group_level: ClassVar[bool]``, True when it must see the whole group of a prompt at once;
     - ``columns`` (an attribute or property), names of the data columns it reads;
     - ``prepare() -> None``, called once in each scoring worker before the first call, for imports that take time;
+    - ``located(beside: Path, run: Path)`` and ``missing(beside: Path, members)``, if it names a folder: itself with
+      that in full, and why there will be none;
     - ``check(rows: Sequence[Mapping[str, Any]]) -> Sequence[str | None]``, what makes each row of the data set useless
       to this reward, or None. It runs in the scoring workers when data is loaded, on some or all rows at a time.
     """
@@ -85,6 +88,12 @@ class RewardSpec:
     def whole_group(self) -> bool:
         """Whether it must see all completions of a prompt in one call."""
         return self.group_level or bool(getattr(self.function, "group_level", False))
+
+    def located(self, beside: Path, run: Path) -> "RewardSpec":
+        """The same with its function's folders in full: ``located(beside, run)`` of those that name any, with the
+        recipe's folder and the run's."""
+        find = getattr(self.function, "located", None)
+        return self if find is None else replace(self, function=find(beside, run))
 
     @property
     def checks_rows(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from alignment.errors import UserError
 from alignment.reward_registry import RewardSpec
@@ -47,6 +47,10 @@ class ScoringRecipe(Protocol):
     def scoring(self) -> ScoringOptions: ...  # noqa: D102
     @property
     def plugins(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def folder(self) -> Path: ...  # noqa: D102
+    @property
+    def run(self) -> Any: ...  # noqa: D102
     @property
     def plugin_folders(self) -> Sequence[Path]: ...  # noqa: D102
 
@@ -98,7 +102,8 @@ class Scorer:
     def from_recipe(cls, recipe: ScoringRecipe) -> Self:
         """The scorer that a recipe describes; modules beside the recipe can be imported."""
         options, folders = recipe.scoring, [str(folder) for folder in recipe.plugin_folders]
-        return cls(recipe.reward_specs, options.workers, options.timeout_s, recipe.plugins, folders)
+        specs = [spec.located(recipe.folder, recipe.run.folder) for spec in recipe.reward_specs]
+        return cls(specs, options.workers, options.timeout_s, recipe.plugins, folders)
 
     def __enter__(self) -> Self:
         if self._computed:

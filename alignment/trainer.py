@@ -21,8 +21,19 @@ from alignment.origin import Origin, copy_policy
 from alignment.pair_checks import check_pairs
 from alignment.positions import max_positions, too_long
 from alignment.preference import train_preferences
-from alignment.recipe import OnlineStage, PreferenceStage, Recipe, RecipeError, RolloutStage, Stage, differences, load
+from alignment.recipe import (
+    OnlineStage,
+    PreferenceStage,
+    Recipe,
+    RecipeError,
+    RewardModelStage,
+    RolloutStage,
+    Stage,
+    differences,
+    load,
+)
 from alignment.recipe_folders import missing_folders
+from alignment.reward_modelling import train_reward_models, write_members
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
@@ -156,6 +167,8 @@ def _stages(job: Job, saved: Saved | None) -> None:
             _run_stage(job, stage, saved)
         elif saved is not None and job.model_has_weights:
             copy_policy(saved.folder, job.model.module)
+        if isinstance(stage, RewardModelStage):
+            write_members(job, stage)
         if job.state.stage + 1 == len(job.recipe.stages):
             return
         assert job.model.origin is not None
@@ -176,6 +189,8 @@ def _run_stage(job: Job, stage: Stage, saved: Saved | None) -> None:
         try:
             job.evaluate_if_due(job.state.step)
             match stage:
+                case RewardModelStage():
+                    train_reward_models(job, stage, job.state)
                 case PreferenceStage():
                     train_preferences(job, stage, job.state)
                 case RolloutStage():

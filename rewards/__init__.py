@@ -7,6 +7,7 @@ from rewards.matching import ExactMatch, NumericMatch
 from rewards.mathematics import Math
 from rewards.reasoning_gym import ReasoningGym
 from rewards.repetition import Repetition
+from rewards.reward_model import RewardModel
 
 __all__ = [
     "Countdown",
@@ -19,4 +20,5 @@ __all__ = [
     "ReasoningGym",
     "RelativeLength",
     "Repetition",
+    "RewardModel",
 ]

@@ -166,7 +166,7 @@ def test_every_mistake_at_once(tmp_path):
         ("data.train.task=7", "data.train.task: expected a name, or a mapping with 'name' and options, given the num"),
         (
             "stages.0.stage=[1]",
-            "stages.0.stage: 'stage' must be text, given a list (available: sft, preference, online, value)",
+            "stages.0.stage: 'stage' must be text, given a list (available: sft, preference, reward_model, online, value)",
         ),
         ("rewards=[{weight: 1}]", "rewards.0: needs 'name' (available: countdown"),
         ("rewards=[7]", "rewards.0: expected a name, or a mapping with 'name', 'function' or 'environment'"),
@@ -176,11 +176,11 @@ def test_every_mistake_at_once(tmp_path):
         ("rewards=[{function: json.dumpz}]", "rewards.0.function: module 'json' has no function 'dumpz'; did you mean"),
         ("rewards=[{function: trll.rewards.f}]", "rewards.0.function: there is no module 'trll.rewards'"),
         ("stages=[]", "stages: expected a list of at least 1 items, given a list"),
-        ("stages=[{steps: 1}]", "stages.0: needs 'stage' (available: sft, preference, online, value)"),
+        ("stages=[{steps: 1}]", "stages.0: needs 'stage' (available: sft, preference, reward_model, online, value)"),
         ("stages=[{stage: sft}]", "stages.0.steps: is required"),
         (
             "stages.0.stage=reward_model",
-            "stages.0.stage: 'reward_model' is not available yet (available: sft, preference, online, value)",
+            "stages.0.stage: 'reward_model' is not available yet (available: sft, preference, reward_model, online, value)",
         ),
         ("stages.0.stage=onlin", "stages.0.stage: 'onlin' is not one of the stages; did you mean 'online'?"),
         ("stages.1.steps=2.5", "stages.1.steps: expected a whole number, given the number 2.5"),

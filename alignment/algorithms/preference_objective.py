@@ -53,7 +53,7 @@ class PreferenceObjective:
         wanted = {loss.of for loss, _ in self.losses if hasattr(loss, "token_loss")}  # pyright: ignore[reportAttributeAccessIssue]
         trained_B = (side_B.abs() == 1) | ((side_B == GROUND_TRUTH) & ("ground_truth" in wanted))
         mask_BT = minibatch.loss_mask_BT & trained_B[:, None]
-        rows, pairs = mask_BT.any(1) & (side_B.abs() == 1), _pairs_of(side_B, minibatch.group_B)[0]
+        rows, pairs = mask_BT.any(1) & (side_B.abs() == 1), pairs_of(side_B, minibatch.group_B)[0]
         ones_B = torch.ones(len(minibatch), device=side_B.device)
         return replace(
             minibatch,
@@ -150,7 +150,7 @@ def _of(loss: Any, side_B: Tensor) -> Tensor:
     return side_B == (CHOSEN if loss.of == "chosen" else GROUND_TRUTH)
 
 
-def _pairs_of(side_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+def pairs_of(side_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the preferred and the other rows of all whole pairs, in the order of their groups."""
     found = []
     for side in (CHOSEN, REJECTED):
@@ -181,7 +181,7 @@ def _rows(logp_BT: Tensor, micro: Batch) -> tuple[Rows, Tensor]:
 
 def _pairs(rows: Rows, micro: Batch, at: Tensor) -> Pairs:
     assert micro.side_B is not None
-    chosen, rejected = _pairs_of(micro.side_B, micro.group_B)
+    chosen, rejected = pairs_of(micro.side_B, micro.group_B)
     reward_B = torch.full_like(micro.temperature_B, torch.nan) if micro.reward_B is None else micro.reward_B
     return Pairs(rows.take(at[chosen]), rows.take(at[rejected]), reward_B[chosen] - reward_B[rejected])
 

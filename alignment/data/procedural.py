@@ -100,7 +100,7 @@ class Procedural:
 
 
 def _with_sides(rows: list[Prompt], name: str) -> list[Prompt]:
-    """Rows with ``chosen``, their own completion, and ``rejected``, the next one in alphabetical order: many begin alike.
+    """Rows with ``chosen``, their own completion, and ``rejected``, the next one in alphabetical order.
 
     Raises:
         UserError: All problems have the same completion.

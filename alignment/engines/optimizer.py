@@ -133,10 +133,10 @@ class AdamW:
             for name, p in self.parameters.items()
             for key, value in self.adamw.state.get(p, {}).items()
         }
-        write_tensors(stem.with_suffix(".safetensors"), state)
+        write_tensors(stem.with_name(f"{stem.name}.safetensors"), state)
 
     def restore(self, stem: Path, steps: int) -> None:
-        path = stem.with_suffix(".safetensors")
+        path = stem.with_name(f"{stem.name}.safetensors")
         if not path.is_file():
             raise UserError(
                 f"{path.parent} has no moments that this learner reads ({path.name}): another learner wrote it. Go on"

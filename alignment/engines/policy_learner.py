@@ -207,7 +207,7 @@ class PolicyLearner:
         Args:
             batch: With everything that was credited.
             objective: Of the policy; None leaves the policy as it is and trains roles alone.
-            slot: Whose optimizer.
+            slot: Whose optimizer; the name of a role trains that role alone.
 
         Returns:
             The objective's metrics over the mini-batches that were stepped on, with ``loss`` and ``grad_norm`` as
@@ -221,7 +221,13 @@ class PolicyLearner:
             FloatingPointError: Too many steps in a row had no finite numbers.
             ValueError: A row is longer than ``micro_batch_tokens``.
         """
-        batch, own, metrics = batch.to(self.device), self.slot(slot), dict[str, float]()
+        batch, metrics = batch.to(self.device), dict[str, float]()
+        if slot in self.roles:
+            role = self.roles[slot]
+            assert isinstance(role, TrainedRole) and role.slot is not None and objective is None
+            with self._training():
+                return self._fit(slot, role, role.loss, batch, role.slot, role.backend)
+        own = self.slot(slot)
         with self._training():
             if objective is not None:
                 head = self.roles.head if slot == MAIN_SLOT else None
