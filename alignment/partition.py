@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from alignment.batching import plan_micro_batches
+from alignment.batching import pack, plan_micro_batches
 from alignment.types import Batch
 
 Rows = list[int]
@@ -177,16 +177,36 @@ class Share:
     rank: int = 0
     ranks: int = 1
     cost: Cost = Cost()
+    pack_tokens: int | None = None
+    """Rows are put end to end up to this many tokens (:func:`alignment.batching.pack`); None: each stays alone."""
 
     def micro_batches(self, batch: Batch, max_tokens: int) -> list[tuple[Tensor, Batch]]:
         """Row indices in ``batch``, and rows, of this rank's micro-batches; rows without a trained token are left out.
 
         All ranks get the same number. One without rows holds a row that stands in, in which nothing is trained on, so
-        that all ranks go through the model together.
+        that all ranks go through the model together. Rows that are put end to end count as one row of the plan, and
+        ``pack_B`` says which they are.
         """
         rows = batch.loss_mask_BT.any(1).nonzero()[:, 0]
+        if self.pack_tokens is not None:
+            return self._packed(batch, rows, max_tokens, self.pack_tokens)
         plan = plan_ranks(batch.length_B[rows], self.ranks, max_tokens, self.cost)[self.rank]
         return [(rows[micro], batch.rows(rows[micro]) if len(micro) else _stand_in(batch, rows)) for micro in plan]
+
+    def _packed(self, batch: Batch, rows: Tensor, max_tokens: int, pack_tokens: int) -> list[tuple[Tensor, Batch]]:
+        lengths = batch.length_B[rows].tolist()
+        packs = pack(lengths, min(pack_tokens, max_tokens))
+        together = torch.tensor([sum(lengths[i] for i in members) for members in packs], dtype=torch.int64)
+        found = []
+        for micro in plan_ranks(together, self.ranks, max_tokens, self.cost)[self.rank]:
+            members = [packs[number] for number in micro.tolist()]
+            index = rows[torch.tensor([i for each in members for i in each], dtype=torch.int64, device=rows.device)]
+            if not len(index):
+                found.append((index, _stand_in(batch, rows)))
+                continue
+            pack_B = torch.tensor([n for n, each in enumerate(members) for _ in each], device=rows.device)
+            found.append((index, replace(batch.rows(index), pack_B=pack_B)))
+        return found
 
     def compute(
         self, batch: Batch, max_tokens: int, fields_of: Callable[[Batch], Mapping[str, Tensor]]

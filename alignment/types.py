@@ -250,6 +250,8 @@ class Batch:
     nll_scale_BT: Tensor | None = None
     value_scale_BT: Tensor | None = None
     """float32: as ``scale_BT``, of the negative log-likelihood of correct rollouts and of the value loss."""
+    pack_B: Tensor | None = None
+    """int64, set per micro-batch: rows of one number stand end to end in one row of the forward pass."""
     objectives: tuple[str, ...] = ()
     """Names of the K components."""
     step: int = 0
