@@ -1,6 +1,7 @@
 """Training on fixed data. Supervised fine-tuning is the policy gradient of demonstrations with advantage 1."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,8 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
         Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
     """
     rollouts = [rollout for group in job.data.demonstrations.values() for rollout in group]
+    if stage.loss_on == "all":
+        rollouts = [whole(rollout) for rollout in rollouts]
     for index in batches(len(rollouts), stage.batch_size, state.stage_step, job.seed):
         job.stop.check()
         job.settled = False
@@ -64,6 +67,15 @@ def batches(size: int, batch_size: int, start: int, seed: int) -> Iterator[list[
             batch += take
             at += len(take)
         yield batch
+
+
+def whole(rollout: Rollout) -> Rollout:
+    """The rollout with its prompt made part of what is trained on, and everything else; the first token of a row, which
+    nothing precedes, is not."""
+    ids = (*rollout.prompt_ids, *rollout.token_ids)
+    return replace(
+        rollout, prompt_ids=(), token_ids=ids, loss_mask=(True,) * len(ids), behaviour_logp=(0.0,) * len(ids), turns=()
+    )
 
 
 def _order(size: int, seed: int, epoch: int) -> list[int]:

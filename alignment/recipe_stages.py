@@ -40,6 +40,8 @@ class SftStage(Section):
     steps: Count
     batch_size: Count = 32
     """Demonstrations in a step."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """What is learned of each: what the assistant says, or the prompt and everything else as well."""
     aggregation: Annotated[Aggregation, component(aggregations)] = _default(aggregations, "token_mean")
     sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
     """Evaluates."""

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from alignment.data.rows import shown
+from alignment.data.demonstrations import Shown, demonstration, encode_demonstrations
+from alignment.data.rows import shown as named
 from alignment.data.sources import describe
 from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.models import Messages, Model, Tokenizer, encode_prompt, encode_prompts, stop_ids
 from alignment.recipe import Recipe, RolloutStage
-from alignment.types import Preference, Prompt, Rollout, SamplingParams
+from alignment.types import Preference, Prompt, Rollout
 
 if TYPE_CHECKING:
     from alignment.scoring import Scorer
@@ -118,8 +119,8 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
     """
     sections: dict[str, Section] = {}
     demonstrations: dict[str, list[Rollout]] = {}
+    shown: dict[str, Shown] = {}
     longest: dict[str, int] = {}
-    eos_id = stop_ids(model.tokenizer, model.module)[0]
     for name in SECTIONS:
         section = read_section(recipe, name)
         if section is None:
@@ -127,13 +128,15 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         if name in ("train", "eval"):
             section = section.set_aside(_missing_columns(section.prompts, scorer))
             section = section.set_aside(scorer.faults(section.prompts))
-        section, tokens, completions = _encoded(section, played(recipe, name), model.tokenizer)
+        section, tokens, opened = _encoded(section, played(recipe, name), model.tokenizer)
+        if name == "demonstrations":
+            section, shown = _shown(section, tokens, opened, model)
         section = accepted(section, recipe.data.on_bad_row)
         if tokens:
             section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
             longest[name] = max(len(tokens[p.id]) for p in section.prompts)
-        for prompt in section.prompts if completions else ():
-            rollout = demonstration(prompt, tokens[prompt.id], (*completions[prompt.id], eos_id))
+        for prompt in section.prompts if name == "demonstrations" else ():
+            rollout = demonstration(prompt, tokens[prompt.id], shown[prompt.id])
             demonstrations.setdefault(prompt.key, []).append(rollout)
         sections[name] = section
         _say(section)
@@ -210,28 +213,7 @@ def accepted(section: Section, on_bad_row: str) -> Section:
         remedy = f"more than the {MAX_SKIPPED_SHARE:.0%} that data.on_bad_row: skip leaves out; mend or remove them"
     else:
         remedy = f"mend or remove them, or set data.on_bad_row: skip (for at most {MAX_SKIPPED_SHARE:.0%} of the rows)"
-    raise UserError(f"data.{section.name}: {bad} of {rows} rows cannot be used; {remedy}:\n{shown(section.bad)}")
-
-
-def demonstration(prompt: Prompt, prompt_ids: Tokens, token_ids: Tokens) -> Rollout:
-    """The rollout that an expert wrote: the row's ``completion`` and an end-of-sequence token, trained on in full."""
-    return Rollout(
-        id=f"demonstration/{prompt.id}",
-        prompt_id=prompt.id,
-        prompt_ids=prompt_ids,
-        token_ids=token_ids,
-        loss_mask=(True,) * len(token_ids),
-        behaviour_logp=(0.0,) * len(token_ids),
-        text=prompt.row["completion"],
-        finish_reason="stop",
-        seed=0,
-        sampler="demonstration",
-        sampling=SamplingParams(max_tokens=len(token_ids)),
-        versions=(),
-        source="demonstration",
-        ratio_base="self",
-        turns=(("assistant", 0, len(token_ids)),),
-    )
+    raise UserError(f"data.{section.name}: {bad} of {rows} rows cannot be used; {remedy}:\n{named(section.bad)}")
 
 
 def _preferences(prompts: Sequence[Prompt]) -> dict[str, list[Preference]]:
@@ -260,25 +242,34 @@ def _missing_columns(prompts: Sequence[Prompt], scorer: "Scorer") -> list[str | 
 
 def _encoded(
     section: Section, environments: Sequence[Environment], tokenizer: Tokenizer
-) -> tuple[Section, dict[str, Tokens], dict[str, Tokens]]:
-    """The tokens of prompts, in the environment that shows the most, and of demonstrated completions, by prompt id.
+) -> tuple[Section, dict[str, Tokens], dict[str, str | Messages]]:
+    """The tokens of prompts in the environment that shows the most, and what the last one shows, by prompt id.
 
     Rows that cannot be encoded are set aside. Without environments there are no tokens.
     """
     longest: dict[str, Tokens] = {}
+    last: dict[str, str | Messages] = {}
     known: list[Any] = []
     for environment in environments:
         opened = [environment.reset(prompt.row)[1] for prompt in section.prompts]
         if opened in known:  # as a rule all environments show the same
             continue
         known.append(opened)
+        last = {prompt.id: text for prompt, text in zip(section.prompts, opened, strict=True)}
         section, tokens = _with_tokens(section, opened, tokenizer)
         longest = {name: max(longest.get(name, ()), ids, key=len) for name, ids in tokens.items()}
-    if section.name != "demonstrations":
-        return section, longest, {}
-    completions = [prompt.row["completion"] for prompt in section.prompts]
-    section, encoded = _with_tokens(section, completions, tokenizer)
-    return section, longest, encoded
+    return section, longest, last
+
+
+def _shown(
+    section: Section, tokens: Mapping[str, Tokens], opened: Mapping[str, str | Messages], model: Model
+) -> tuple[Section, dict[str, Shown]]:
+    """What demonstrations show after their prompts, by prompt id; rows that cannot be encoded are set aside."""
+    prompts, stops = section.prompts, stop_ids(model.tokenizer, model.module)
+    rows = [(opened[p.id], tokens[p.id], p.row["completion"]) for p in prompts]
+    found = encode_demonstrations(rows, model.tokenizer, stops)
+    shown = {p.id: each for p, each in zip(prompts, found, strict=True) if isinstance(each, Shown)}
+    return section.set_aside(each if isinstance(each, str) else None for each in found), shown
 
 
 def _with_tokens(

@@ -1,0 +1,161 @@
+"""Supervised fine-tuning: TRL's trainer as the oracle, and runs of every option from end to end."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import alignment
+from alignment.batching import collate
+from alignment.data.load import load_data
+from alignment.engines.torch_learner import TorchLearner
+from alignment.offline import whole
+from alignment.origin import Origin
+from alignment.recipe import Recipe, load
+from alignment.scoring import Scorer
+from alignment.types import Group, Prompt, Rollout
+from tests.evaluation.evaluated import bpe_model
+from tests.test_train import Recorder, contents, lines
+
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SINGLE = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i} " + "ok " * i} for i in range(1, 5)]
+DIALOGUES = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{i}?"},
+            {"role": "assistant", "content": f"{i}." * i},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": f"Yes, {i}."},
+        ]
+    }
+    for i in range(1, 5)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return bpe_model(tmp_path_factory.mktemp("model"), [json.dumps(DIALOGUES + SINGLE)], MARKED)
+
+
+def recipe_of(
+    folder: Path, model: Path, rows: Sequence[Mapping[str, Any]], stage: Mapping[str, Any], name: str = "sft"
+) -> Recipe:
+    """A recipe of one supervised stage on ``rows``."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"stage": "sft", "steps": 4, "batch_size": 3, "learner": {"name": "torch", "lr": 1e-2}}
+    values = {
+        "run": {"name": name, "output": str(folder / "runs"), "save_every": 0, "sinks": ["jsonl"]},
+        "model": {"path": str(model)},
+        "data": {"demonstrations": {"name": "dataset", "path": "rows.jsonl"}, "max_prompt_tokens": 64},
+        "stages": [own | dict(stage)],
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(values))
+    return load([folder / "recipe.yaml"])
+
+
+def shown(recipe: Any) -> tuple[Any, list[Rollout]]:
+    """The model, and its demonstrations."""
+    made = Origin(recipe.located_model(), 0).make()
+    with Scorer.from_recipe(recipe) as scorer:
+        data = load_data(recipe, made, scorer)
+    return made, [rollout for group in data.demonstrations.values() for rollout in group]
+
+
+def ours(recipe: Any, rollouts: Sequence[Rollout], made: Any) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a step, which is not taken."""
+    (stage,) = recipe.stages
+    found: dict[str, Tensor] = {}
+    learner = TorchLearner(made.module, stage.learner, 10, 0)
+    stepper: Any = learner.slots["rl"].stepper
+    step = stepper.step
+
+    def observed(loss: Tensor) -> Any:
+        found.update({name: p.grad.clone() for name, p in learner.trained.items() if p.grad is not None})
+        return step(loss)
+
+    stepper.step = observed
+    groups = [Group(i, Prompt(r.prompt_id, {}), (r,)) for i, r in enumerate(rollouts)]
+    metrics = learner.update(collate(groups, 0, [], []), stage.objective())
+    return metrics["loss"], found
+
+
+def trls(
+    folder: Path, model: Path, rows: Sequence[Mapping[str, Any]], **options: Any
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one batch of all rows in TRL's trainer."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    made: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=len(rows),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        max_length=None,
+        **options,
+    )
+    trainer: Any = SFTTrainer(
+        made,
+        config,
+        train_dataset=Dataset.from_list([dict(row) for row in rows]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    made.train()
+    loss = trainer.compute_loss(made, next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+
+
+CASES: list[tuple[list[Any], dict[str, Any], dict[str, Any]]] = [
+    (SINGLE, {}, {}),
+    (SINGLE, {"loss_on": "all"}, {"completion_only_loss": False}),
+    (DIALOGUES, {}, {"assistant_only_loss": True}),
+]
+
+
+@pytest.mark.parametrize(("rows", "stage", "options"), CASES, ids=["completion", "all", "dialogues"])
+def test_loss_and_gradients_are_those_of_trl(tmp_path, model, rows, stage, options):
+    expected, gradients = trls(tmp_path, model, rows, **options)
+    for packing in (False, True):
+        recipe = recipe_of(tmp_path, model, rows, {**stage, "learner": {"name": "torch", "packing": packing}})
+        made, rollouts = shown(recipe)
+        rollouts = [whole(r) for r in rollouts] if stage else rollouts
+        loss, found = ours(recipe, rollouts, made)
+        assert loss == pytest.approx(expected, abs=1e-5)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+OPTIONS: list[tuple[list[Any], dict[str, Any]]] = [
+    (SINGLE, {"loss_on": "all"}),
+    (DIALOGUES, {"learner": {"name": "torch", "lr": 1e-2, "packing": True, "pack_tokens": 64}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "stage"), OPTIONS, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_every_option_runs_and_a_resumed_run_is_the_whole_one(tmp_path, model, rows, stage):
+    sink = Recorder()
+    entire = alignment.train(recipe_of(tmp_path, model, rows, stage, "entire"), sinks=[sink])
+    losses = [record.metrics["loss"] for record in sink.records]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    recipe = recipe_of(tmp_path, model, rows, stage, "parts")
+    assert alignment.train(recipe, sinks=[Recorder(2)])["status"] == "interrupted"
+    parts = alignment.train(recipe)
+    assert contents(parts["folder"]) == contents(entire["folder"])
+    assert lines(parts["folder"]) == lines(entire["folder"])
