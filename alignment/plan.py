@@ -274,7 +274,7 @@ def _components(stage: Stage) -> Iterator[tuple[str, str]]:
     engines = {name: getattr(stage, name) for name in ("sampler", "learner", "cluster", "transport")}
     engines = {name: part for name, part in engines.items() if part is not None}
     if isinstance(stage, SftStage):
-        parts = {"aggregation": stage.aggregation, **engines}
+        parts = {"objective": stage.objective, "aggregation": stage.aggregation, **engines}
     else:
         critics = {name: getattr(stage, name, None) for name in ("critic", "value_model", "prompt_value")}
         critics = {name: part for name, part in critics.items() if part is not None}

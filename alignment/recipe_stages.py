@@ -11,6 +11,7 @@ from alignment.algorithms.advantages import Gae
 from alignment.algorithms.aggregations import Aggregation, aggregations
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.decodings import Decoding
+from alignment.algorithms.imitations import Imitation, imitations
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.values import Truncation
 from alignment.critics import Circumstances, Critic, critics
@@ -42,6 +43,8 @@ class SftStage(Section):
     """Demonstrations in a step."""
     loss_on: Literal["completion", "all"] = "completion"
     """What is learned of each: what the assistant says, or the prompt and everything else as well."""
+    objective: Annotated[Imitation, component(imitations)] = _default(imitations, "likelihood")
+    """What a demonstration counts for: all the same, or by what it was judged to be worth."""
     aggregation: Annotated[Aggregation, component(aggregations)] = _default(aggregations, "token_mean")
     sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
     """Evaluates."""
@@ -80,9 +83,9 @@ class SftStage(Section):
         """No model beside the policy."""
         return {}
 
-    def objective(self) -> Objective:
-        """The negative log-likelihood."""
-        return Objective.supervised(self.aggregation)
+    def supervision(self) -> Objective:
+        """What the learner minimises: the objective's loss, which weights of demonstrations multiply."""
+        return Objective.supervised(self.aggregation, self.objective.policy_loss)
 
 
 class RolloutStage(Section, ABC):

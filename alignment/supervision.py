@@ -1,0 +1,107 @@
+"""What a stage of supervised fine-tuning makes of demonstrations: which tokens are learned, and what each counts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from alignment.data.load import LoadedData
+from alignment.data.rows import shown
+from alignment.errors import UserError
+from alignment.recipe import Recipe, SftStage
+from alignment.recipe_tree import dotted
+from alignment.types import Batch, Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """All demonstrations of a stage, in the order of the data."""
+
+    rollouts: Sequence[Rollout]
+    weights: Sequence[float] | None
+    """Of each; None where all count 1."""
+
+    def weighted(self, batch: Batch, index: Sequence[int]) -> Batch:
+        """The batch of the demonstrations ``index`` with their weights."""
+        if self.weights is None:
+            return batch
+        weight_B = torch.tensor([self.weights[i] for i in index], dtype=torch.float32, device=batch.ids_BT.device)
+        return replace(batch, weight_BT=weight_B[:, None] * batch.loss_mask_BT)
+
+
+def lesson(stage: SftStage, data: LoadedData, place: str) -> Lesson:
+    """What ``stage`` learns.
+
+    Args:
+        stage: What is learned of each demonstration.
+        data: The demonstrations.
+        place: Of the stage in the recipe, for errors.
+
+    Raises:
+        UserError: Rows lack the judgement that the objective needs, or it is no number, or makes no finite weight.
+    """
+    rollouts = [rollout for group in data.demonstrations.values() for rollout in group]
+    weights = None
+    if (column := stage.objective.column) is not None:
+        rows = [data.demonstrated[rollout.prompt_id] for rollout in rollouts]
+        judgements = numbers(rows, column, f"{place}.objective")
+        weights = stage.objective.weights(judgements, [row.key for row in rows])
+        _refuse_endless(rows, weights, judgements, f"{place}.objective")
+    return Lesson([whole(rollout) for rollout in rollouts] if stage.loss_on == "all" else rollouts, weights)
+
+
+def check_supervised(recipe: Recipe, data: LoadedData) -> None:
+    """Whether each stage can learn from the demonstrations; before the first step of any.
+
+    Raises:
+        UserError: As :func:`lesson`.
+    """
+    for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, SftStage):
+            lesson(stage, data, dotted(("stages", i)))
+
+
+def whole(rollout: Rollout) -> Rollout:
+    """The rollout with its prompt made part of what is trained on, and everything else; the first token of a row, which
+    nothing precedes, is not."""
+    ids = (*rollout.prompt_ids, *rollout.token_ids)
+    return replace(
+        rollout, prompt_ids=(), token_ids=ids, loss_mask=(True,) * len(ids), behaviour_logp=(0.0,) * len(ids), turns=()
+    )
+
+
+def numbers(rows: Sequence[Prompt], column: str, place: str) -> list[float]:
+    """The finite numbers in ``column`` of each row.
+
+    Raises:
+        UserError: Some have none there; names them and ``place``, which asks for the column.
+    """
+    faults = [f"{row.origin or row.id}: {fault}" for row in rows if (fault := _fault(row.row, column)) is not None]
+    if faults:
+        remedy = "mend these rows, or name the right column (field_map may rename one)"
+        raise UserError(
+            f"{place} reads the column {column!r} of data.demonstrations, and {len(faults)} of {len(rows)} rows have "
+            f"no number there; {remedy}:\n{shown(faults)}"
+        )
+    return [float(row.row[column]) for row in rows]
+
+
+def _fault(row: Mapping[str, Any], column: str) -> str | None:
+    if column not in row:
+        return f"has no {column!r}; its columns are {', '.join(row)}"
+    value = row[column]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return f"{column!r} is {value!r}, not a finite number"
+    return None
+
+
+def _refuse_endless(rows: Sequence[Prompt], weights: Sequence[float], judgements: Sequence[float], place: str) -> None:
+    most = torch.finfo(torch.float32).max
+    for row, weight, judgement in zip(rows, weights, judgements, strict=True):
+        if not abs(weight) <= most:
+            raise UserError(
+                f"{place}: the weight of {row.origin or row.id}, whose judgement is {judgement:g}, is too large for a "
+                "number: raise beta, or scale the column down"
+            )
