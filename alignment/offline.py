@@ -25,7 +25,7 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
     Raises:
         Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
     """
-    shown = lesson(stage, job.data, f"stages.{state.stage}")
+    shown = lesson(stage, job.data, f"stages.{state.stage}", job.control_ids, job.seed)
     for index in batches(len(shown.rollouts), stage.batch_size, state.stage_step, job.seed):
         job.stop.check()
         job.settled = False

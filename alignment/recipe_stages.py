@@ -33,6 +33,17 @@ def _default(registry: Registry[Any], name: str) -> Any:
     return Field(default_factory=lambda: registry.build(name))
 
 
+class Conditional(Section):
+    """Each demonstration stands behind a control token of ``model.control``, by its score."""
+
+    score: Annotated[str, Field(min_length=1)]
+    """Column of the score; less is better."""
+    threshold: float
+    """Largest score of a demonstration that stands behind the aligned token."""
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Probability that one stands behind no token."""
+
+
 class SftStage(Section):
     """Supervised fine-tuning on ``data.demonstrations``."""
 
@@ -45,6 +56,8 @@ class SftStage(Section):
     """What is learned of each: what the assistant says, or the prompt and everything else as well."""
     objective: Annotated[Imitation, component(imitations)] = _default(imitations, "likelihood")
     """What a demonstration counts for: all the same, or by what it was judged to be worth."""
+    conditional: Conditional | None = None
+    """Conditional training."""
     aggregation: Annotated[Aggregation, component(aggregations)] = _default(aggregations, "token_mean")
     sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
     """Evaluates."""

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from alignment.control import control_ids
 from alignment.data.load import LoadedData
 from alignment.data.rows import shown
 from alignment.errors import UserError
+from alignment.models import Model
 from alignment.recipe import Recipe, SftStage
+from alignment.recipe_stages import Conditional
 from alignment.recipe_tree import dotted
-from alignment.types import Batch, Prompt, Rollout
+from alignment.types import Batch, Prompt, Rollout, keyed_seed
 
 
 @dataclass(frozen=True)
@@ -31,28 +34,49 @@ class Lesson:
         return replace(batch, weight_BT=weight_B[:, None] * batch.loss_mask_BT)
 
 
-def lesson(stage: SftStage, data: LoadedData, place: str) -> Lesson:
+def lesson(stage: SftStage, data: LoadedData, place: str, control: Sequence[int], seed: int) -> Lesson:
     """What ``stage`` learns.
 
     Args:
         stage: What is learned of each demonstration.
         data: The demonstrations.
         place: Of the stage in the recipe, for errors.
+        control: :func:`alignment.control.control_ids` of the model.
+        seed: The run's.
 
     Raises:
-        UserError: Rows lack the judgement that the objective needs, or it is no number, or makes no finite weight.
+        UserError: Rows lack the judgement that the objective or ``conditional`` needs, or it is no number, or makes no
+            finite weight.
     """
     rollouts = [rollout for group in data.demonstrations.values() for rollout in group]
+    rows = [data.demonstrated[rollout.prompt_id] for rollout in rollouts]
+    if (conditional := stage.conditional) is not None:
+        scores = numbers(rows, conditional.score, f"{place}.conditional")
+        cues = [cue(conditional, control, score, seed, row.id) for row, score in zip(rows, scores, strict=True)]
+        rollouts = [replace(r, prompt_ids=r.prompt_ids[:-1] + c) for r, c in zip(rollouts, cues, strict=True)]
     weights = None
     if (column := stage.objective.column) is not None:
-        rows = [data.demonstrated[rollout.prompt_id] for rollout in rollouts]
         judgements = numbers(rows, column, f"{place}.objective")
         weights = stage.objective.weights(judgements, [row.key for row in rows])
         _refuse_endless(rows, weights, judgements, f"{place}.objective")
     return Lesson([whole(rollout) for rollout in rollouts] if stage.loss_on == "all" else rollouts, weights)
 
 
-def check_supervised(recipe: Recipe, data: LoadedData) -> None:
+def cue(conditional: Conditional, control: Sequence[int], score: float, seed: int, row: str) -> tuple[int, ...]:
+    """The control token that stands between prompt and completion, as "Pretraining Language Models with Human
+    Preferences" (arXiv 2302.08582) has it in front of each sentence or document that was scored; or none.
+
+    The aligned one at ``score <= threshold``, the misaligned one above it. It is part of the prompt, behind whatever
+    the chat template puts there, so that it is not learned with ``loss_on: completion``. Whether it is left out depends
+    on ``(seed, row)`` alone: in every epoch it is the same rows.
+    """
+    aligned, misaligned = control
+    if keyed_seed(seed, "control", row) / 2**63 < conditional.drop:
+        return ()
+    return (aligned if score <= conditional.threshold else misaligned,)
+
+
+def check_supervised(recipe: Recipe, data: LoadedData, model: Model) -> None:
     """Whether each stage can learn from the demonstrations; before the first step of any.
 
     Raises:
@@ -60,7 +84,7 @@ def check_supervised(recipe: Recipe, data: LoadedData) -> None:
     """
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, SftStage):
-            lesson(stage, data, dotted(("stages", i)))
+            lesson(stage, data, dotted(("stages", i)), control_ids(model.tokenizer, model.module), recipe.run.seed)
 
 
 def whole(rollout: Rollout) -> Rollout:

@@ -112,7 +112,7 @@ def _run(
         model = origin.make(weights=any(_needs_weights(stage) for stage in recipe.stages))
         data = load_data(recipe, model, scorer)
         check_demonstrations(recipe, data)
-        check_supervised(recipe, data)
+        check_supervised(recipe, data, model)
         if problems := too_long(recipe, max_positions(model.module), data.longest):
             raise RecipeError(problems)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)

@@ -121,7 +121,7 @@ def test_every_mistake_at_once(tmp_path):
         "base.yaml:10: rewards.0.name: 'exact_mach' is not one of the rewards; did you mean 'exact_match'? (available: "
         f"{', '.join(reward_functions.names())})",
         "base.yaml:12: stages.0.batchsize: there is no key 'batchsize'; did you mean 'batch_size'? (keys: stage, name, "
-        "steps, batch_size, loss_on, objective, aggregation, sampler, learner, cluster, transport)",
+        "steps, batch_size, loss_on, objective, conditional, aggregation, sampler, learner, cluster, transport)",
         "base.yaml:17: stages.1.max_staleness: 1 is more than this sampler allows (0): it shares its weights with the "
         "learner, so rollouts are never stale; set it to 0",
         "base.yaml:22: stages.1.algorithm.minibatches: 4 does not divide prompts_per_step (7); minibatches 1 or 7 "

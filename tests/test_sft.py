@@ -51,14 +51,19 @@ def model(tmp_path_factory) -> Path:
 
 
 def recipe_of(
-    folder: Path, model: Path, rows: Sequence[Mapping[str, Any]], stage: Mapping[str, Any], name: str = "sft"
+    folder: Path,
+    model: Path,
+    rows: Sequence[Mapping[str, Any]],
+    stage: Mapping[str, Any],
+    name: str = "sft",
+    **of_model: Any,
 ) -> Recipe:
     """A recipe of one supervised stage on ``rows``."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = {"stage": "sft", "steps": 4, "batch_size": 3, "learner": {"name": "torch", "lr": 1e-2}}
     values = {
         "run": {"name": name, "output": str(folder / "runs"), "save_every": 0, "sinks": ["jsonl"]},
-        "model": {"path": str(model)},
+        "model": {"path": str(model), **of_model},
         "data": {"demonstrations": {"name": "dataset", "path": "rows.jsonl"}, "max_prompt_tokens": 64},
         "stages": [own | dict(stage)],
     }
@@ -73,10 +78,10 @@ def loaded(recipe: Recipe) -> tuple[Model, LoadedData]:
         return made, load_data(recipe, made, scorer)
 
 
-def taught_by(recipe: Recipe, data: LoadedData) -> Lesson:
+def taught_by(recipe: Recipe, data: LoadedData, control: tuple[int, ...] = ()) -> Lesson:
     (stage,) = recipe.stages
     assert isinstance(stage, SftStage)
-    return lesson(stage, data, "stages.0")
+    return lesson(stage, data, "stages.0", control, 0)
 
 
 def ours(recipe: Any, taught: Lesson, made: Model) -> tuple[float, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from alignment.control import control_ids
 from alignment.data.demonstrations import Shown, demonstration, encode_demonstrations
 from alignment.data.rows import shown as named
 from alignment.data.sources import describe
@@ -101,7 +102,7 @@ class LoadedData:
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """:meth:`Section.report` of each section."""
     longest: Mapping[str, int] = field(default_factory=dict)
-    """Tokens of the longest prompt of each section whose prompts are played."""
+    """Tokens of the longest prompt of each section whose prompts are played, with a control token behind it."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -122,6 +123,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
     sections: dict[str, Section] = {}
     demonstrations: dict[str, list[Rollout]] = {}
     shown: dict[str, Shown] = {}
+    cue = control_ids(model.tokenizer, model.module)[:1]
     longest: dict[str, int] = {}
     for name in SECTIONS:
         section = read_section(recipe, name)
@@ -136,9 +138,9 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         section = accepted(section, recipe.data.on_bad_row)
         if tokens:
             section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
-            longest[name] = max(len(tokens[p.id]) for p in section.prompts)
+            longest[name] = max(len(tokens[p.id]) for p in section.prompts) + len(cue)
         for prompt in section.prompts if name == "demonstrations" else ():
-            rollout = demonstration(prompt, tokens[prompt.id], shown[prompt.id])
+            rollout = demonstration(prompt, tokens[prompt.id] + cue, shown[prompt.id])
             demonstrations.setdefault(prompt.key, []).append(rollout)
         sections[name] = section
         _say(section)
