@@ -16,17 +16,18 @@ def control_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         yield Conflict((*here, "misaligned"), f"is {control.aligned!r} like 'aligned'; the two must differ", (here,))
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
+        sampling = getattr(stage, "sampling", None)
         if control is None:
-            if stage.stage == "sft" and stage.conditional is not None:
+            if getattr(stage, "conditional", None) is not None:
                 message = "needs control tokens, which every process has to know: add model.control: {}"
                 yield Conflict((*place, "conditional"), message, (here,))
             continue
-        if (stage.stage != "sft" or recipe.data.eval is not None) and not getattr(stage.sampler, "bans", False):
+        if (sampling is not None or recipe.data.eval is not None) and not getattr(stage.sampler, "bans", False):
             message = (
                 "cannot leave out model.control's tokens when it samples: use 'transformers', or take data.eval away"
             )
             yield Conflict((*place, "sampler"), message, (here, ("data", "eval")))
-        if stage.stage != "sft" and not stage.sampling.allow_truncated_sampling:
+        if sampling is not None and not sampling.allow_truncated_sampling:
             message = (
                 "model.control's tokens are never sampled, and the trained policy has them, which biases its gradient "
                 "a little: set allow_truncated_sampling: true to do it anyway"

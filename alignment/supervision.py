@@ -1,7 +1,7 @@
 """What a stage of supervised fine-tuning makes of demonstrations: which tokens are learned, and what each counts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,10 @@ from alignment.data.load import LoadedData
 from alignment.data.rows import shown
 from alignment.errors import UserError
 from alignment.models import Model
+from alignment.positions import max_positions
 from alignment.recipe import Recipe, SftStage
 from alignment.recipe_stages import Conditional
-from alignment.recipe_tree import dotted
+from alignment.recipe_tree import Place, dotted
 from alignment.types import Batch, Prompt, Rollout, keyed_seed
 
 
@@ -80,11 +81,29 @@ def check_supervised(recipe: Recipe, data: LoadedData, model: Model) -> None:
     """Whether each stage can learn from the demonstrations; before the first step of any.
 
     Raises:
-        UserError: As :func:`lesson`.
+        UserError: As :func:`lesson`; or rows are too long for the model, or for a pass of the learner.
     """
     for i, stage in enumerate(recipe.stages):
-        if isinstance(stage, SftStage):
-            lesson(stage, data, dotted(("stages", i)), control_ids(model.tokenizer, model.module), recipe.run.seed)
+        if not isinstance(stage, SftStage):
+            continue
+        place, control = dotted(("stages", i)), control_ids(model.tokenizer, model.module)
+        taught = lesson(stage, data, place, control, recipe.run.seed)
+        limits = {
+            f"{place}.learner.micro_batch_tokens": getattr(stage.learner, "micro_batch_tokens", None),
+            "the model's positions": max_positions(model.module),
+        }
+        for name, limit in limits.items():
+            if limit is not None:
+                _refuse_long(taught.rollouts, data, name, limit)
+
+
+def judgements_of(recipe: Recipe) -> Iterator[tuple[Place, str]]:
+    """Columns of demonstrations that must be numbers, each behind the place in the recipe that asks for it."""
+    for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, SftStage) and stage.conditional is not None:
+            yield ("stages", i, "conditional"), stage.conditional.score
+        if isinstance(stage, SftStage) and stage.objective.column is not None:
+            yield ("stages", i, "objective"), stage.objective.column
 
 
 def whole(rollout: Rollout) -> Rollout:
@@ -119,6 +138,20 @@ def _fault(row: Mapping[str, Any], column: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return f"{column!r} is {value!r}, not a finite number"
     return None
+
+
+def _refuse_long(rollouts: Sequence[Rollout], data: LoadedData, limit_name: str, limit: int) -> None:
+    lengths = {r.prompt_id: len(r.prompt_ids) + len(r.token_ids) for r in rollouts}
+    long = [
+        f"{data.demonstrated[name].origin or name}: {tokens:,} tokens, prompt included"
+        for name, tokens in lengths.items()
+        if tokens > limit
+    ]
+    if long:
+        raise UserError(
+            f"data.demonstrations: {len(long)} of {len(rollouts)} rows are longer than {limit_name} ({limit:,}), and a "
+            f"demonstration is never cut; raise that if it can be, shorten these rows or take them out:\n{shown(long)}"
+        )
 
 
 def _refuse_endless(rows: Sequence[Prompt], weights: Sequence[float], judgements: Sequence[float], place: str) -> None:

@@ -19,7 +19,8 @@ from alignment.engines.torch_learner import TorchLearner
 from alignment.errors import UserError
 from alignment.models import Model
 from alignment.origin import Origin
-from alignment.recipe import Recipe, SftStage, load
+from alignment.plan import make_plan
+from alignment.recipe import Recipe, RecipeError, SftStage, load
 from alignment.scoring import Scorer
 from alignment.supervision import Lesson, lesson
 from alignment.types import Group, Prompt
@@ -209,6 +210,31 @@ def test_rows_that_are_not_judged_are_named_before_the_first_step(tmp_path, mode
     with pytest.raises(UserError, match=re.compile(said, re.S)):
         alignment.train(recipe, sinks=[sink])
     assert not sink.records
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ({"learner": {"name": "torch", "micro_batch_tokens": 20}}, "stages.0.learner.micro_batch_tokens (20)"),
+        ({}, "the model's positions (1,024)"),
+    ],
+)
+def test_rows_that_are_too_long_are_named_and_never_cut(tmp_path, model, stage, said):
+    text = "9876543210" * (120 if "positions" in said else 3)
+    rows, sink = [*SINGLE[:1], {"prompt": "Say ok.", "completion": text}], Recorder()
+    with pytest.raises(UserError, match=re.escape(f"1 of 2 rows are longer than {said}") + r"(.|\n)*rows.jsonl:2: "):
+        alignment.train(recipe_of(tmp_path, model, rows, stage), sinks=[sink])
+    assert not sink.records
+
+
+def test_the_check_names_the_line_of_the_recipe_and_the_row(tmp_path, model):
+    recipe = recipe_of(tmp_path, model, [*JUDGED, SINGLE[0]], {"objective": OBJECTIVES[1]})
+    with pytest.raises(RecipeError, match=r"recipe.yaml:1: stages.0.objective: reads the column 'score'(.|\n)*jsonl:5"):
+        make_plan(recipe)
+    conditional = {"conditional": {"score": "score", "threshold": 0.1}, "objective": OBJECTIVES[2]}
+    (plan,) = make_plan(recipe_of(tmp_path, model, JUDGED, conditional, control={})).stages
+    assert plan.components["conditional"] == "aligned where score <= 0.1, no control token for 1%"
+    assert plan.components["objective"] == 'reward_weighted {reward: "reward", beta: 0.2}'
 
 
 OPTIONS: list[tuple[list[Any], dict[str, Any]]] = [
