@@ -23,9 +23,7 @@ def control_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
                 yield Conflict((*place, "conditional"), message, (here,))
             continue
         if (sampling is not None or recipe.data.eval is not None) and not getattr(stage.sampler, "bans", False):
-            message = (
-                "cannot leave out model.control's tokens when it samples: use 'transformers', or take data.eval away"
-            )
+            message = "cannot leave out model.control's tokens when it samples: use 'transformers' or 'vllm'"
             yield Conflict((*place, "sampler"), message, (here, ("data", "eval")))
         if sampling is not None and not sampling.allow_truncated_sampling:
             message = (

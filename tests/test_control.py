@@ -14,6 +14,7 @@ import alignment
 from alignment.control import control_ids
 from alignment.engines.config import TransformersSamplerConfig
 from alignment.engines.transformers_sampler import TransformersSampler
+from alignment.engines.vllm_config import VllmSamplerConfig
 from alignment.errors import UserError
 from alignment.export import load_run
 from alignment.model_saving import save_model
@@ -25,7 +26,7 @@ from alignment.sampling import submit
 from alignment.supervision import cue
 from alignment.types import Request, SamplingParams
 from tests.evaluation.evaluated import align, bpe_model
-from tests.recipes_for_tests import BASE, only
+from tests.recipes_for_tests import BASE, only, problems
 from tests.recipes_for_tests import write as write_base
 from tests.test_sft import JUDGED, MARKED, loaded, recipe_of, taught_by
 from tests.test_train import Recorder, contents, lines
@@ -116,11 +117,11 @@ def test_recipes_that_cannot_work(tmp_path, old, new, said):
     assert said in only(write_base(tmp_path, text))
 
 
-def test_vllm_does_not_leave_tokens_out(tmp_path):
-    text = BASE.replace("model:\n", "model:\n  control: {}\n").replace(
-        "batch_size: 8}", "batch_size: 8, sampler: vllm}"
-    )
+def test_a_sampler_that_cannot_leave_tokens_out_is_refused(tmp_path, monkeypatch):
+    text = BASE.replace("model:\n", "model:\n  control: {}\n").replace("steps: 3", "steps: 3, sampler: vllm")
     text = text.replace("max_tokens: 4", "max_tokens: 4, allow_truncated_sampling: true")
+    assert problems(write_base(tmp_path, text)) == []
+    monkeypatch.setattr(VllmSamplerConfig, "bans", False)
     assert "stages.0.sampler: cannot leave out model.control's tokens" in only(write_base(tmp_path, text))
 
 

@@ -99,11 +99,6 @@ class EngineSpec:
             check_request(request, self.max_tokens, 0 if self.steering is None else self.steering.models)
             if self.steering is not None:
                 self.steering.check(request)
-            if request.params.banned_ids:
-                raise UserError(
-                    f"request {request.id!r}: its tokens {list(request.params.banned_ids)} must not be sampled, which "
-                    "only sampler: transformers heeds (control tokens, model.control)"
-                )
             if 0 < request.params.temperature < SMALLEST_TEMPERATURE:
                 raise UserError(
                     f"request {request.id!r}: temperature is {request.params.temperature}; with vLLM it must be 0"
