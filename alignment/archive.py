@@ -53,11 +53,28 @@ class GroupArchive:
                 f"{self._path(step)} lacks group {uid}, which is to be trained on again; put the file back, or start "
                 f"again with --fresh (the old run is kept aside)"
             )
+        return self._group(line)
+
+    def groups(self, step: int) -> list[Group]:
+        """All groups of the batch that was sampled at ``step``.
+
+        Raises:
+            UserError: They are not there: somebody removed the file.
+        """
+        lines = self._of(step)
+        if not lines:
+            raise UserError(
+                f"{self._path(step)} is not there, and the run's next steps train on it; put the file back, or start "
+                f"again with --fresh (the old run is kept aside)"
+            )
+        return [self._group(line) for line in lines.values()]
+
+    def _group(self, line: str) -> Group:
         found = json.loads(line)
         if not self._by_id:
             self._by_id = {prompt.id: prompt for prompt in self.prompts}
         rollouts = tuple(Rollout.from_json(rollout) for rollout in found["rollouts"])
-        return Group(uid, self._by_id[found["prompt"]], rollouts)
+        return Group(found["uid"], self._by_id[found["prompt"]], rollouts)
 
     def prune(self, anchors: Iterable[int]) -> None:
         """Removes what a run that goes on from any of the steps ``anchors`` will not ask for."""

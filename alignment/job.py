@@ -28,7 +28,7 @@ from alignment.ledger import Ledger, Verdicts
 from alignment.metrics import Phases, Record, Sink, entropy_change
 from alignment.models import Model, decode, stop_ids
 from alignment.positions import max_positions
-from alignment.recipe import OnlineStage, Recipe, RolloutStage, Sampling, Stage
+from alignment.recipe import OnlineStage, PreferenceStage, Recipe, RolloutStage, Sampling, Stage
 from alignment.rollouts import Player
 from alignment.runs import Run
 from alignment.scoring import Scorer
@@ -80,7 +80,7 @@ class Job:
         """What engines are built for."""
         recipe, stage = self.recipe, self.stage
         longest = [recipe.evaluation.sampling.max_tokens]
-        longest += [stage.sampling.max_tokens] if isinstance(stage, RolloutStage) else []
+        longest += [stage.sampling.max_tokens] if isinstance(stage, RolloutStage) and stage.samples else []
         need = recipe.data.max_prompt_tokens + len(self.control_ids[:1]) + max(longest)
         folders = tuple(map(str, recipe.plugin_folders))
         positions = max_positions(self.model.module) or need
@@ -115,6 +115,12 @@ class Job:
         """What curricula of ``stage`` replay from; None where none replays."""
         ages = [getattr(c, "max_age", 0) for c in stage.curricula if hasattr(c, "replay")]
         self.archive = GroupArchive(self.run.folder / "archive", self.data.train, max(ages)) if ages else None
+        return self.archive
+
+    def open_rounds(self) -> GroupArchive:
+        """Where a preference stage keeps what it sampled, for the steps of the round and for a resumed run."""
+        every = max(getattr(getattr(stage, "pairs", None), "every", 1) for stage in self.recipe.stages)
+        self.archive = GroupArchive(self.run.folder / "archive", self.data.train, every)
         return self.archive
 
     def player(self, environment: Environment) -> Player:
@@ -239,6 +245,8 @@ class Job:
         """What a stage learned from: demonstrations it was shown, or verdicts on its own rollouts."""
         config = self.recipe.stages[stage]
         steps = self.state.stage_step if stage == self.state.stage else config.steps
+        if isinstance(config, PreferenceStage) and not config.samples:
+            return {"pairs": min(len(self.data.preferences), steps * getattr(config.pairs, "batch_size", 1))}
         if isinstance(config, RolloutStage):
             counted = self.state.counters
             shown = int(counted.get(f"demonstrations/{config.name}", 0))
@@ -246,6 +254,15 @@ class Job:
             return verdicts | ({"demonstrations": shown} if shown else {})
         shown = sum(len(rollouts) for rollouts in self.data.demonstrations.values())
         return {"demonstrations": min(shown, steps * config.batch_size)}
+
+    def measured(self, stage: str) -> dict[str, dict[str, float]]:
+        """What a stage measured at its ends, beside evaluations: ``WHAT/before/STAGE``, ``WHAT/after/STAGE``."""
+        found: dict[str, dict[str, float]] = {}
+        for name, value in self.state.counters.items():
+            what, end, of = name.split("/", 2) if name.count("/") >= 2 else ("", "", "")
+            if of == stage and end in ("before", "after"):
+                found.setdefault(what, {})[end] = value
+        return found
 
     def resume(self, saved: Saved) -> None:
         """Takes back what the checkpoint says beside learner and state.

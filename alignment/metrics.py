@@ -231,6 +231,8 @@ class StageResult:
     labels: Mapping[str, int]
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
+    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What else was measured at both ends, such as ``{"ranking": {"before": 0.5, "after": 0.7}}``."""
 
 
 def build_result(
@@ -266,6 +268,7 @@ def build_result(
                 "seconds": round(s.seconds, 3),
                 "labels": dict(s.labels),
                 "eval": {"before": s.before and dict(s.before), "after": s.after and dict(s.after)},
+                **({"measured": {name: dict(ends) for name, ends in s.measured.items()}} if s.measured else {}),
             }
             for s in stages
         ],

@@ -51,7 +51,7 @@ class Training:
     def of_stage(cls, stage: Any, model: ModelConfig) -> Self:
         """What the learner of a stage holds of the policy."""
         own = cls.of(stage.learner, model)
-        if stage.stage == "sft":
+        if stage.stage in ("sft", "preference"):
             return own
         slots = len(getattr(stage.credited.mixer, "slots", ()))
         return replace(own, optimizers=1 + slots, keeps_before="update_norm" in stage.credited.needs)
@@ -276,7 +276,7 @@ def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_to
     found = training_bytes(shape, model, training, row_tokens, -(-rows // training.ranks), stage.needs_reference)
     if critics := critic_bytes(shape, model, stage):
         found["critics"] = critics
-    if stage.stage != "sft" and not hasattr(stage.sampler, "tensor_parallel"):
+    if stage.samples and not hasattr(stage.sampler, "tensor_parallel"):
         cached = min(rows, getattr(stage.sampler, "batch_rows", rows))
         found["cache"] = cached * row_tokens * cache_bytes_per_token(shape, model.dtype)
     return {**found, "total": sum(found.values())}

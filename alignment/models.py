@@ -87,9 +87,19 @@ def load_tokenizer(config: "ModelConfig") -> Tokenizer:
 
     place, trust = _locate(str(config.path), config.revision), config.trust_remote_code
     try:
-        return AutoTokenizer.from_pretrained(place, revision=config.revision, trust_remote_code=trust)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=config.revision, trust_remote_code=trust)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"model.path {config.path}: {error}") from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template(config.chat_template)
+    return tokenizer
+
+
+def _template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template {path}: {error}; name a Jinja file beside the recipe") from error
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[int, ...]:
@@ -205,7 +215,7 @@ def _character_tokenizer(alphabet: str) -> Tokenizer:
 
 def _load(config: "ModelConfig", path: str, weights: bool) -> Model:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     place = _locate(path, config.revision)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -218,9 +228,9 @@ def _load(config: "ModelConfig", path: str, weights: bool) -> Model:
             output_loading_info=True,
             **options,
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path {path}: {error}") from error
+    tokenizer = load_tokenizer(config)
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"model.path {path}: {len(missing)} weights are not in it: {', '.join(missing[:5])}")
     _check_tokenizer(tokenizer, _embedding_rows(module), path)

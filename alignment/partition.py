@@ -183,28 +183,35 @@ class Share:
     def micro_batches(self, batch: Batch, max_tokens: int) -> list[tuple[Tensor, Batch]]:
         """Row indices in ``batch``, and rows, of this rank's micro-batches; rows without a trained token are left out.
 
-        All ranks get the same number. One without rows holds a row that stands in, in which nothing is trained on, so
-        that all ranks go through the model together. Rows that are put end to end count as one row of the plan, and
-        ``pack_B`` says which they are.
+        The two sides of a pair are in one micro-batch. All ranks get the same number. One without rows holds a row that
+        stands in, in which nothing is trained on, so that all ranks go through the model together. Rows that are put
+        end to end count as one row of the plan, and ``pack_B`` says which they are.
         """
         rows = batch.loss_mask_BT.any(1).nonzero()[:, 0]
+        units = rows[:, None] if batch.side_B is None else _pairs(batch, rows)
         if self.pack_tokens is not None:
-            return self._packed(batch, rows, max_tokens, self.pack_tokens)
-        plan = plan_ranks(batch.length_B[rows], self.ranks, max_tokens, self.cost)[self.rank]
-        return [(rows[micro], batch.rows(rows[micro]) if len(micro) else _stand_in(batch, rows)) for micro in plan]
+            return self._packed(batch, rows, units, max_tokens, self.pack_tokens)
+        width_U = batch.length_B[units.clamp(min=0)].where(units >= 0, 0).amax(1) * (units >= 0).sum(1)
+        plan = plan_ranks(width_U, self.ranks, max_tokens, self.cost)[self.rank]
+        taken = [units[micro].flatten() for micro in plan]
+        taken = [index[index >= 0] for index in taken]
+        return [(index, batch.rows(index) if len(index) else _stand_in(batch, rows)) for index in taken]
 
-    def _packed(self, batch: Batch, rows: Tensor, max_tokens: int, pack_tokens: int) -> list[tuple[Tensor, Batch]]:
-        lengths = batch.length_B[rows].tolist()
+    def _packed(
+        self, batch: Batch, rows: Tensor, units: Tensor, max_tokens: int, pack_tokens: int
+    ) -> list[tuple[Tensor, Batch]]:
+        lengths = batch.length_B[units.clamp(min=0)].where(units >= 0, 0).sum(1).tolist()
         packs = pack(lengths, min(pack_tokens, max_tokens))
         together = torch.tensor([sum(lengths[i] for i in members) for members in packs], dtype=torch.int64)
         found = []
         for micro in plan_ranks(together, self.ranks, max_tokens, self.cost)[self.rank]:
-            members = [packs[number] for number in micro.tolist()]
-            index = rows[torch.tensor([i for each in members for i in each], dtype=torch.int64, device=rows.device)]
-            if not len(index):
-                found.append((index, _stand_in(batch, rows)))
+            if not len(micro):
+                found.append((rows[:0], _stand_in(batch, rows)))
                 continue
-            pack_B = torch.tensor([n for n, each in enumerate(members) for _ in each], device=rows.device)
+            members = [units[packs[number]].flatten() for number in micro.tolist()]
+            members = [index[index >= 0] for index in members]
+            pack_B = torch.tensor([n for n, index in enumerate(members) for _ in index], device=rows.device)
+            index = torch.cat(members)
             found.append((index, replace(batch.rows(index), pack_B=pack_B)))
         return found
 
@@ -229,6 +236,18 @@ class Share:
                 else:
                     whole[name][rows] = value
         return whole
+
+
+def _pairs(batch: Batch, rows: Tensor) -> Tensor:
+    """``[U, most]``: the ``rows`` that share a group, which have to be computed together; -1 fills up."""
+    _, group_R = torch.unique(batch.group_B[rows], return_inverse=True)
+    order = group_R.argsort(stable=True)
+    sizes_U = torch.bincount(group_R)
+    place_R = torch.arange(len(rows), device=rows.device) - (sizes_U.cumsum(0) - sizes_U)[group_R[order]]
+    most = int(sizes_U.max()) if len(sizes_U) else 1
+    units = rows.new_full((len(sizes_U), most), -1)
+    units[group_R[order], place_R] = rows[order]
+    return units
 
 
 def _stand_in(batch: Batch, rows: Tensor) -> Batch:

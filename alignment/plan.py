@@ -13,12 +13,12 @@ from alignment.cluster_plan import Hardware, Load, StageOnCluster
 from alignment.cluster_remedies import planned
 from alignment.critics import ModelCritic
 from alignment.data.files import DatasetSource
-from alignment.data.load import SECTIONS, Section, accepted, longest_prompt, read_section
+from alignment.data.load import PAIRED, SECTIONS, Section, accepted, longest_prompt, read_section
 from alignment.errors import UserError
 from alignment.model_size import max_positions, memory_bytes
 from alignment.models import load_tokenizer
 from alignment.positions import demands, too_long
-from alignment.recipe import ModelConfig, Recipe, RolloutStage, SftStage, Stage
+from alignment.recipe import ModelConfig, PreferenceStage, Recipe, RolloutStage, SftStage, Stage
 from alignment.recipe_folders import missing_folders
 from alignment.recipe_tree import Problem, RecipeError, dotted
 from alignment.registry import REGISTRIES
@@ -33,8 +33,10 @@ class StagePlan:
     name: str
     stage: str
     steps: int
+    sampled: bool
+    """Whether its rows are sampled."""
     prompts: int
-    """Prompts of a step; for supervised stages, demonstrations."""
+    """Prompts of a step; demonstrations or pairs, where they are given."""
     group_size: int
     rollouts: int
     """Rows of a step."""
@@ -197,7 +199,7 @@ def _readable(section: Section, recipe: Recipe) -> Section:
 
 
 def _unknown(prompt: Prompt, alphabet: set[str]) -> str | None:
-    for column in ("prompt", "completion"):
+    for column in ("prompt", "completion", *PAIRED):
         text = prompt.row.get(column)
         unknown = sorted(set(text) - alphabet) if isinstance(text, str) else []
         if unknown:
@@ -219,6 +221,11 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
         rows = prompts = stage.batch_size
         section = data.get("demonstrations")
         group_size, minibatches, row_tokens = 1, 1, _longest(recipe, section.prompts) if section else None
+    elif isinstance(stage, PreferenceStage) and not stage.samples:
+        prompts = getattr(stage.pairs, "batch_size", 1)
+        section = data.get("preferences")
+        group_size, minibatches, row_tokens = 2, 1, _longest(recipe, section.prompts, PAIRED) if section else None
+        rows = 2 * prompts
     else:
         prompts, group_size, minibatches = stage.prompts_per_step, stage.group_size, stage.credited.minibatches
         rows, row_tokens = prompts * group_size, recipe.data.max_prompt_tokens + stage.sampling.max_tokens
@@ -232,6 +239,7 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
         name=stage.name,
         stage=stage.stage,
         steps=stage.steps,
+        sampled=stage.samples,
         prompts=prompts,
         group_size=group_size,
         rollouts=rows,
@@ -247,9 +255,9 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
     )
 
 
-def _longest(recipe: Recipe, demonstrations: Sequence[Prompt]) -> int | None:
-    """Tokens of the longest demonstration and its end, where a character is a token."""
-    texts = [(p.row["prompt"], p.row.get("completion", "")) for p in demonstrations]
+def _longest(recipe: Recipe, rows: Sequence[Prompt], columns: Sequence[str] = ("completion",)) -> int | None:
+    """Tokens of the longest row and its end, where a character is a token."""
+    texts = [(p.row["prompt"], p.row.get(column, "")) for p in rows for column in columns]
     if recipe.model.build is None or not all(isinstance(prompt, str) for prompt, _ in texts):
         return None
     return max((len(prompt) + len(str(completion)) + 1 for prompt, completion in texts), default=None)
@@ -258,7 +266,13 @@ def _longest(recipe: Recipe, demonstrations: Sequence[Prompt]) -> int | None:
 def _passes(stage: Stage) -> Iterator[str]:
     """Passes of a model over the rows of a step, in their order."""
     trained = stage.updates_per_step
-    if isinstance(stage, RolloutStage):
+    if isinstance(stage, PreferenceStage):
+        if stage.samples:
+            every = getattr(stage.pairs, "every", 1)
+            yield "sample" if every == 1 else f"sample (every {every} steps, for all of them)"
+        if stage.compares:
+            yield "reference log-probabilities" + ("" if stage.reference.kept else " (once, for all pairs)")
+    elif isinstance(stage, RolloutStage):
         algorithm = stage.credited
         objective = Objective.of(algorithm, fresh(stage.components()))
         needs = algorithm.needs | (objective.needs(staleness=stage.max_staleness) if trained else frozenset())
@@ -289,6 +303,14 @@ def _components(stage: Stage) -> Iterator[tuple[str, str]]:
         parts = {"objective": stage.objective, "aggregation": stage.aggregation, **engines}
         if (by := stage.conditional) is not None:
             yield "conditional", f"aligned where {by.score} <= {by.threshold:g}, no control token for {by.drop:.0%}"
+    elif isinstance(stage, PreferenceStage):
+        losses = {f"losses.{i}": loss for i, loss in enumerate(stage.losses)}
+        parts = {
+            **(stage.components() if stage.samples else losses),
+            "pairs": stage.pairs,
+            "reference": stage.reference,
+        }
+        parts |= engines
     else:
         critics = {name: getattr(stage, name, None) for name in ("critic", "value_model", "prompt_value")}
         critics = {name: part for name, part in critics.items() if part is not None}

@@ -74,10 +74,10 @@ def _section(numbers: Mapping[str, Any]) -> str:
 
 def _stage(stage: StagePlan) -> Table:
     table = _table(f"stage {stage.name} ({stage.stage}): {stage.steps:,} steps, each of")
-    if stage.stage != "sft":
+    if stage.sampled:
         rows = f"{stage.prompts:,} prompts x {stage.group_size} completions = {stage.rollouts:,} rollouts"
     else:
-        rows = f"{stage.rollouts:,} demonstrations"
+        rows = f"{stage.prompts:,} {'pairs' if stage.stage == 'preference' else 'demonstrations'}"
     table.add_row("rows", rows)
     tokens = UNKNOWN
     if stage.step_tokens is not None:

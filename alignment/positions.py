@@ -12,7 +12,7 @@ def demands(recipe: Recipe) -> dict[str, list[tuple[Place, int]]]:
     online = [
         (("stages", index, "sampling", "max_tokens"), stage.sampling.max_tokens)
         for index, stage in enumerate(recipe.stages)
-        if isinstance(stage, RolloutStage)
+        if isinstance(stage, RolloutStage) and stage.samples
     ]
     evaluation: Place = ("evaluation", "sampling", "max_tokens")
     return {"train": [*online], "eval": [(evaluation, recipe.evaluation.sampling.max_tokens)]}

@@ -18,6 +18,7 @@ from alignment.recipe_advice import advice, refusals
 from alignment.recipe_checks import conflicts, model_problems, secrets
 from alignment.recipe_errors import problems_of, without
 from alignment.recipe_imports import import_problems
+from alignment.recipe_preference import PreferenceStage
 from alignment.recipe_sections import (
     Build,
     Data,
@@ -74,7 +75,7 @@ class Recipe(Section):
     @property
     def evaluation_environment(self) -> Environment:
         """The environment that evaluations play: the first online stage's."""
-        online = next((s for s in self.stages if isinstance(s, RolloutStage)), None)
+        online = next((s for s in self.stages if isinstance(s, RolloutStage) and s.samples), None)
         return online.environment if online else environments.build("single_turn")
 
     def wants(self, sink: str) -> bool:
@@ -211,7 +212,7 @@ def _overlap(place: Place, other: Place) -> bool:
 
 def _with_evaluation_sampling(recipe: Recipe) -> Recipe:
     """Evaluations draw completions as long as the first online stage's, unless the recipe says otherwise."""
-    online = next((stage for stage in recipe.stages if isinstance(stage, RolloutStage)), None)
+    online = next((stage for stage in recipe.stages if isinstance(stage, RolloutStage) and stage.samples), None)
     sampling = recipe.evaluation.sampling
     if online is None or "max_tokens" in sampling.model_fields_set:
         return recipe
@@ -227,6 +228,7 @@ __all__ = [
     "Lora",
     "ModelConfig",
     "OnlineStage",
+    "PreferenceStage",
     "Recipe",
     "RecipeError",
     "RolloutStage",

@@ -8,14 +8,15 @@ from alignment.algorithms.decodings import decodings
 from alignment.algorithms.state import needs_of
 from alignment.critics import critics
 from alignment.engines.config import transports
+from alignment.recipe_pairs import preference_conflicts
 from alignment.recipe_tree import Conflict, Node, Place, Problem, dotted, walk
 from alignment.recipe_weighting import weighting_conflicts
 from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
 
 if TYPE_CHECKING:
-    from alignment.recipe import OnlineStage, Recipe, Stage, ValueStage
+    from alignment.recipe import OnlineStage, PreferenceStage, Recipe, Stage, ValueStage
 
-    Rollouts = OnlineStage | ValueStage
+    Rollouts = OnlineStage | ValueStage | PreferenceStage
 
 
 def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
@@ -29,7 +30,9 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         if stage.stage == "sft":
             if recipe.data.demonstrations is None:
                 yield Conflict(place, "a stage 'sft' needs data.demonstrations", (("data", "demonstrations"),))
-        else:
+        if stage.stage == "preference":
+            yield from preference_conflicts(recipe, stage, place)
+        if stage.stage != "sft" and stage.samples:
             yield from _online(recipe, stage, place)
             yield from _values(stage, place)
             yield from _guidance(stage, place)
@@ -96,7 +99,7 @@ def _build(recipe: "Recipe") -> Iterator[Conflict]:
         fits = [n for n in range(1, build.heads + 1) if build.heads % n == 0]
         message = f"{build.kv_heads} does not divide heads ({build.heads}): {', '.join(map(str, fits))} would do"
         yield Conflict((*place, "kv_heads"), message, ((*place, "heads"),))
-    online = ((i, s) for i, s in enumerate(recipe.stages) if s.stage != "sft")
+    online = ((i, s) for i, s in enumerate(recipe.stages) if s.stage != "sft" and s.samples)
     lengths: dict[Place, int] = {("stages", i, "sampling"): s.sampling.max_tokens for i, s in online}
     if recipe.data.eval is not None:
         lengths["evaluation", "sampling"] = recipe.evaluation.sampling.max_tokens

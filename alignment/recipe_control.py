@@ -16,7 +16,7 @@ def control_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         yield Conflict((*here, "misaligned"), f"is {control.aligned!r} like 'aligned'; the two must differ", (here,))
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
-        sampling = getattr(stage, "sampling", None)
+        sampling = getattr(stage, "sampling", None) if stage.samples else None
         if control is None:
             if getattr(stage, "conditional", None) is not None:
                 message = "needs control tokens, which every process has to know: add model.control: {}"

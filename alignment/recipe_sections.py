@@ -181,16 +181,19 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """A Jinja file, looked for as ``path`` is, in place of the tokenizer's own; base models have none."""
     build: Build | None = None
     control: Control | None = None
     """Control tokens, which the model is given where it has them not yet."""
     lora: Lora | None = None
 
     def located(self, beside: Path) -> "ModelConfig":
-        """The same with a ``path`` that is a folder in full: it is looked for in ``beside``, the recipe's folder, then
-        in the working directory. A path that is in neither stays as it is, a hub id."""
-        found = beside_or_here(self.path, beside) if self.path else None
-        return self.model_copy(update={"path": str(found)}) if found else self
+        """The same with a ``path`` that is a folder in full, and the file of the chat template: both are looked for in
+        ``beside``, the recipe's folder, then in the working directory. What is in neither stays as it is, a hub id."""
+        names = {"path": self.path, "chat_template": self.chat_template}
+        found = {key: beside_or_here(name, beside) for key, name in names.items() if name}
+        return self.model_copy(update={key: str(place) for key, place in found.items() if place})
 
 
 class Data(Section):
@@ -200,8 +203,12 @@ class Data(Section):
     demonstrations: Annotated[Source, component(sources)] | None = None
     preferences: Annotated[Source, component(sources)] | None = None
     eval: Annotated[Source, component(sources)] | None = None
+    eval_preferences: Annotated[Source, component(sources)] | None = None
+    """Held-out pairs, on which preference stages are measured."""
     max_prompt_tokens: Count = 512
     """Longer prompts are left out and counted."""
+    max_completion_tokens: Count | None = None
+    """Longer demonstrations and sides of preferences are bad rows: what is cut off is no longer what was judged."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens when rows cannot be used: the run does not start, or it goes on without them, if they are at most
     1 % of a section's rows."""

@@ -1,11 +1,10 @@
 """The stages of a recipe, as typed, frozen records. ``alignment.recipe`` puts them together."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from alignment.algorithms.advantages import Gae
 from alignment.algorithms.aggregations import Aggregation, aggregations
@@ -14,23 +13,18 @@ from alignment.algorithms.decodings import Decoding
 from alignment.algorithms.imitations import Imitation, imitations
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.values import Truncation
-from alignment.critics import Circumstances, Critic, critics
-from alignment.curricula import Curriculum, places, with_selector
-from alignment.curricula import curricula as curriculum_registry
+from alignment.critics import Critic, critics
 from alignment.engines import deepspeed_config, ray_config, transport_config, vllm_config  # noqa: F401 - they register engines
 from alignment.engines.config import Cluster, SamplerConfig, Site, TransportConfig, clusters, samplers, transports
 from alignment.engines.learner_config import LearnerConfig, learners
 from alignment.engines.roles import RoleSpec
-from alignment.environments import Environment, environments
 from alignment.guidance import Guidance
-from alignment.recipe_sections import Choice, Count, Label, Sampling, Section
+from alignment.recipe_preference import PreferenceStage
+from alignment.recipe_rollouts import RolloutStage, default
+from alignment.recipe_sections import Choice, Count, Label, Section
 from alignment.recipe_tree import Place
-from alignment.registry import Registry, component
+from alignment.registry import component
 from alignment.types import Group, SamplingParams
-
-
-def _default(registry: Registry[Any], name: str) -> Any:
-    return Field(default_factory=lambda: registry.build(name))
 
 
 class Conditional(Section):
@@ -54,17 +48,22 @@ class SftStage(Section):
     """Demonstrations in a step."""
     loss_on: Literal["completion", "all"] = "completion"
     """What is learned of each: what the assistant says, or the prompt and everything else as well."""
-    objective: Annotated[Imitation, component(imitations)] = _default(imitations, "likelihood")
+    objective: Annotated[Imitation, component(imitations)] = default(imitations, "likelihood")
     """What a demonstration counts for: all the same, or by what it was judged to be worth."""
     conditional: Conditional | None = None
     """Conditional training."""
-    aggregation: Annotated[Aggregation, component(aggregations)] = _default(aggregations, "token_mean")
-    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
+    aggregation: Annotated[Aggregation, component(aggregations)] = default(aggregations, "token_mean")
+    sampler: Annotated[SamplerConfig, component(samplers)] = default(samplers, "transformers")
     """Evaluates."""
-    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
-    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
+    learner: Annotated[LearnerConfig, component(learners)] = default(learners, "torch")
+    cluster: Annotated[Cluster, component(clusters)] = default(clusters, "local")
     transport: Annotated[TransportConfig, component(transports)] | None = None
     """How new weights reach the sampler; None: as suits the two."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether it samples completions of ``data.train``."""
+        return False
 
     @property
     def updates_per_step(self) -> int:
@@ -99,118 +98,6 @@ class SftStage(Section):
     def supervision(self) -> Objective:
         """What the learner minimises: the objective's loss, which weights of demonstrations multiply."""
         return Objective.supervised(self.aggregation, self.objective.policy_loss)
-
-
-class RolloutStage(Section, ABC):
-    """What stages that sample completions of ``data.train`` and score them have in common."""
-
-    name: Label
-    steps: Count
-    prompts_per_step: Count = 32
-    group_size: Count = 8
-    """Completions of each prompt."""
-    sampling: Sampling = Sampling()
-    environment: Annotated[Environment, component(environments)] = _default(environments, "single_turn")
-    curricula: tuple[Annotated[Curriculum, component(curriculum_registry)], ...] = Field(
-        default_factory=lambda: (curriculum_registry.build("uniform"),)
-    )
-    prompt_value: Annotated[Critic, component(critics)] | None = None
-    """Predicts what comes of a prompt, for curricula that ask: a ``model``, or the critic's ``read_out``."""
-    max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Policy versions that a rollout may be behind the policy it trains."""
-    sampler: Annotated[SamplerConfig, component(samplers)] = _default(samplers, "transformers")
-    learner: Annotated[LearnerConfig, component(learners)] = _default(learners, "torch")
-    cluster: Annotated[Cluster, component(clusters)] = _default(clusters, "local")
-    transport: Annotated[TransportConfig, component(transports)] | None = None
-    """How new weights reach the sampler; None: as suits the two."""
-
-    @field_validator("curricula")
-    @classmethod
-    def _select_first(cls, value: tuple[Curriculum, ...]) -> tuple[Curriculum, ...]:
-        return with_selector(value)
-
-    @property
-    @abstractmethod
-    def credited(self) -> Algorithm:
-        """What makes returns, and, for a policy that is trained, the loss."""
-        ...
-
-    @property
-    @abstractmethod
-    def values(self) -> Critic | None:
-        """The value model that learns from each batch."""
-        ...
-
-    @abstractmethod
-    def policy_rests(self, stage_step: int) -> bool:
-        """Whether the step trains models beside the policy alone."""
-        ...
-
-    def decoding(self, folder: Path) -> Decoding | None:
-        """How rollouts that ask for it are steered; ``folder`` is where relative paths start."""
-        return None
-
-    def params(self, plain: SamplingParams) -> Sequence[SamplingParams]:
-        """The sampling parameters of each rollout of a group."""
-        return [plain] * self.group_size
-
-    def trained(self, groups: Sequence[Group]) -> Sequence[Group]:
-        """What of the accepted groups is trained on."""
-        return groups
-
-    @property
-    def resting_steps(self) -> int:
-        """First steps in which a policy that learns afterwards rests: its schedule is shorter by them."""
-        return 0
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any component compares the policy with a reference."""
-        return "reference" in self.credited.needs
-
-    @property
-    def streams(self) -> bool:
-        """Whether its critic has a value for each reward component."""
-        return bool(getattr(self.credited.weighting, "streams", False))
-
-    def folders(self) -> Iterator[tuple[Place, str]]:
-        """Folders of models that are there before it begins, by their place in the stage."""
-        own = "critic" if isinstance(self, OnlineStage) else "value_model"
-        for name, critic in {own: self.values, "prompt_value": self.prompt_value}.items():
-            if (start := getattr(critic, "start", None)) is not None:
-                yield (name, "start"), start
-
-    def components(self) -> dict[str, Any]:
-        """Its components by their place, the key of their state."""
-        return {**places(self.curricula), **self.credited.components()}
-
-    def roles(self, site: Site, objectives: tuple[str, ...]) -> dict[str, RoleSpec | str]:
-        """Models beside the policy, by name.
-
-        Args:
-            site: The policy, and where relative paths start.
-            objectives: Names of the reward components.
-        """
-        algorithm, roles = self.credited, dict[str, RoleSpec | str]()
-        streams = objectives if self.streams else ()
-        for name, critic in {"critic": self.values, "prompt_value": self.prompt_value}.items():
-            if critic is not None:
-                assert site.model.origin is not None, "a model of a recipe has an origin"
-                own = streams if name == "critic" else ()
-                here = Circumstances(
-                    site.model.origin,
-                    site.folder,
-                    name,
-                    own,
-                    algorithm.epochs,
-                    algorithm.minibatches,
-                    ahead=self.resting_steps,
-                )
-                role = critic.role(here)
-                if not isinstance(role, str):
-                    role.check(site.model)
-                roles[name] = role
-        return roles
 
 
 class OnlineStage(RolloutStage):
@@ -273,7 +160,7 @@ class ValueStage(RolloutStage):
 
     stage: Literal["value"] = "value"
     name: Label = "value"
-    value_model: Annotated[Critic, component(critics)] = _default(critics, "model")
+    value_model: Annotated[Critic, component(critics)] = default(critics, "model")
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount per sampled token."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -303,10 +190,10 @@ class ValueStage(RolloutStage):
         return True
 
 
-Stage = SftStage | OnlineStage | ValueStage
+Stage = SftStage | PreferenceStage | OnlineStage | ValueStage
 STAGES = Choice(
     "stage",
     "stages",
-    {"sft": SftStage, "online": OnlineStage, "value": ValueStage},
-    later=("preference", "reward_model"),
+    {"sft": SftStage, "preference": PreferenceStage, "online": OnlineStage, "value": ValueStage},
+    later=("reward_model",),
 )

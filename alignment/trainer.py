@@ -18,8 +18,10 @@ from alignment.mixing import check_demonstrations
 from alignment.offline import train_supervised
 from alignment.online import train_online
 from alignment.origin import Origin, copy_policy
+from alignment.pair_checks import check_pairs
 from alignment.positions import max_positions, too_long
-from alignment.recipe import OnlineStage, Recipe, RecipeError, RolloutStage, Stage, differences, load
+from alignment.preference import train_preferences
+from alignment.recipe import OnlineStage, PreferenceStage, Recipe, RecipeError, RolloutStage, Stage, differences, load
 from alignment.recipe_folders import missing_folders
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
@@ -113,6 +115,7 @@ def _run(
         data = load_data(recipe, model, scorer)
         check_demonstrations(recipe, data)
         check_supervised(recipe, data, model)
+        check_pairs(recipe, data, max_positions(model.module))
         if problems := too_long(recipe, max_positions(model.module), data.longest):
             raise RecipeError(problems)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)
@@ -172,10 +175,15 @@ def _run_stage(job: Job, stage: Stage, saved: Saved | None) -> None:
             job.engines.learner.restore(saved.folder / "learner")
         elif job.state.stage_step == 0:
             job.state = replace(job.state, components=fresh(stage.components()))
-        run_stage = train_online if isinstance(stage, RolloutStage) else train_supervised
         try:
             job.evaluate_if_due(job.state.step)
-            run_stage(job, stage, job.state)  # pyright: ignore[reportArgumentType] - matched by the line above
+            match stage:
+                case PreferenceStage():
+                    train_preferences(job, stage, job.state)
+                case RolloutStage():
+                    train_online(job, stage, job.state)
+                case _:
+                    train_supervised(job, stage, job.state)
         except (Stopped, UserError):
             try:
                 job.save()  # while the learner is there
@@ -228,7 +236,16 @@ def _result(job: Job, checkpoints: Checkpoints, status: Any, exit_code: int) -> 
         steps = job.state.stage_step if i == job.state.stage else stage.steps
         before, after = _measured(job, start), _measured(job, start + steps)
         stages.append(
-            StageResult(stage.name, stage.stage, steps, job.seconds.get(stage.name, 0.0), job.labels(i), before, after)
+            StageResult(
+                stage.name,
+                stage.stage,
+                steps,
+                job.seconds.get(stage.name, 0.0),
+                job.labels(i),
+                before,
+                after,
+                job.measured(stage.name),
+            )
         )
         start += steps
     best = checkpoints.best

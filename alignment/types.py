@@ -59,15 +59,6 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Preference:
-    """Two continuations of a prompt, text or chat messages, of which one was preferred."""
-
-    prompt: Prompt
-    chosen: str | Sequence[Mapping[str, Any]]
-    rejected: str | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How completions are drawn. ``top_p < 1`` or ``top_k > 0`` truncates the distribution that is sampled."""
 
@@ -221,6 +212,8 @@ class Batch:
     truncated_B: Tensor  # bool: ended by the length limit
     key_B: Tensor
     """int64: a stable key of the rollout, for random choices keyed by (seed, step, rollout, token)."""
+    side_B: Tensor | None = None
+    """int8, of preferences: 1 preferred, -1 not; more in ``preference_objective``. Rows of a group stay together."""
     # Annotated by the learner; absent when nobody needs them.
     old_logp_BT: Tensor | None = None
     ref_logp_BT: Tensor | None = None
@@ -248,6 +241,11 @@ class Batch:
     value_scale_BT: Tensor | None = None
     """float32: as ``scale_BT``, of the negative log-likelihood of correct rollouts and of the value loss."""
     pack_B: Tensor | None = None  # int64, set per micro-batch: rows of one number stand end to end in the forward pass
+    pair_scale_B: Tensor | None = None
+    row_scale_B: Tensor | None = None
+    """float32, set per mini-batch of preferences: one over its pairs, and over its compared rows."""
+    shift_B: Tensor | None = None
+    """float32, set per mini-batch of preferences: what KTO compares ratios with."""
     objectives: tuple[str, ...] = ()
     """Names of the K components."""
     step: int = 0

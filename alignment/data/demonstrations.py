@@ -1,4 +1,4 @@
-"""Demonstrations as tokens: an answer that is text, or messages of which each of the assistant's is learned.
+"""What follows a prompt, as tokens: an answer that is text, or messages of which each of the assistant's is learned.
 
 What of a rendered dialogue the assistant wrote is for its chat template to say. Where it does, by the markers
 ``{% generation %}``, or where TRL knows a template of the same kind that does
@@ -13,7 +13,6 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.models import Messages, Tokenizer, encode_prompt, encode_prompts
-from alignment.types import Prompt, Rollout, SamplingParams
 
 Tokens = tuple[int, ...]
 Turn = tuple[str, int, int]
@@ -30,28 +29,6 @@ class Shown:
     """``(role, start, end)``, as in :class:`alignment.types.Rollout`."""
     text: str
     """Its only or last answer."""
-
-
-def demonstration(prompt: Prompt, prompt_ids: Tokens, shown: Shown) -> Rollout:
-    """The rollout that an expert wrote: the row's ``completion``, trained on where the assistant speaks."""
-    token_ids = shown.token_ids
-    return Rollout(
-        id=f"demonstration/{prompt.id}",
-        prompt_id=prompt.id,
-        prompt_ids=prompt_ids,
-        token_ids=token_ids,
-        loss_mask=shown.loss_mask,
-        behaviour_logp=(0.0,) * len(token_ids),
-        text=shown.text,
-        finish_reason="stop",
-        seed=0,
-        sampler="demonstration",
-        sampling=SamplingParams(max_tokens=len(token_ids)),
-        versions=(),
-        source="demonstration",
-        ratio_base="self",
-        turns=shown.turns,
-    )
 
 
 def encode_demonstrations(

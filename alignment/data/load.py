@@ -8,26 +8,30 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from alignment.control import control_ids
-from alignment.data.demonstrations import Shown, demonstration, encode_demonstrations
-from alignment.data.rows import shown as named
+from alignment.data.demonstrations import Shown, Tokens, encode_demonstrations
+from alignment.data.rows import shown
+from alignment.data.sides import PAIRED, demonstration, pair_of, side_fault, too_long
 from alignment.data.sources import describe
 from alignment.environments import Environment
 from alignment.errors import UserError
 from alignment.models import Messages, Model, Tokenizer, encode_prompt, encode_prompts, stop_ids
 from alignment.recipe import Recipe, RolloutStage
-from alignment.types import Preference, Prompt, Rollout
+from alignment.types import Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from alignment.scoring import Scorer
 
 log = logging.getLogger(__name__)
 
-SECTIONS = ("train", "demonstrations", "preferences", "eval")
-NEEDED: Mapping[str, tuple[str, ...]] = {"demonstrations": ("completion",), "preferences": ("chosen", "rejected")}
+SECTIONS = ("train", "demonstrations", "preferences", "eval", "eval_preferences")
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "demonstrations": ("completion",),
+    "preferences": PAIRED,
+    "eval_preferences": PAIRED,
+}
 """Columns that each row of a section must have, beside ``prompt``."""
 MAX_SKIPPED_SHARE = 0.01
 REPORTED_BAD_ROWS = 5
-Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ class LoadedData:
     """By the :attr:`~alignment.types.Prompt.key` of the prompt that they answer."""
     demonstrated: Mapping[str, Prompt] = field(default_factory=dict)
     """The row of each demonstration, by its id."""
-    preferences: Mapping[str, list[Preference]] = field(default_factory=dict)
-    """By the key of their prompt."""
+    preferences: Sequence[Group] = ()
+    """Pairs: the preferred completion first."""
+    held_out_preferences: Sequence[Group] = ()
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """:meth:`Section.report` of each section."""
     longest: Mapping[str, int] = field(default_factory=dict)
@@ -122,9 +127,9 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
     """
     sections: dict[str, Section] = {}
     demonstrations: dict[str, list[Rollout]] = {}
-    shown: dict[str, Shown] = {}
-    cue = control_ids(model.tokenizer, model.module)[:1]
+    pairs: dict[str, list[Group]] = {}
     longest: dict[str, int] = {}
+    stops, cue = stop_ids(model.tokenizer, model.module), control_ids(model.tokenizer, model.module)[:1]
     for name in SECTIONS:
         section = read_section(recipe, name)
         if section is None:
@@ -133,15 +138,19 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
             section = section.set_aside(_missing_columns(section.prompts, scorer))
             section = section.set_aside(scorer.faults(section.prompts))
         section, tokens, opened = _encoded(section, played(recipe, name), model.tokenizer)
-        if name == "demonstrations":
-            section, shown = _shown(section, tokens, opened, model)
+        section, sides = _sides(section, tokens, opened, model.tokenizer, stops)
+        section = section.set_aside(too_long(p, sides, recipe.data.max_completion_tokens) for p in section.prompts)
         section = accepted(section, recipe.data.on_bad_row)
         if tokens:
             section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
             longest[name] = max(len(tokens[p.id]) for p in section.prompts) + len(cue)
         for prompt in section.prompts if name == "demonstrations" else ():
-            rollout = demonstration(prompt, tokens[prompt.id] + cue, shown[prompt.id])
+            rollout = demonstration(prompt, tokens[prompt.id] + cue, sides["completion"][prompt.id])
             demonstrations.setdefault(prompt.key, []).append(rollout)
+        if name.endswith("preferences"):
+            pairs[name] = [
+                pair_of(i, prompt, tokens[prompt.id] + cue, sides) for i, prompt in enumerate(section.prompts)
+            ]
         sections[name] = section
         _say(section)
     prompts = {name: section.prompts for name, section in sections.items()}
@@ -150,7 +159,8 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         held_out=prompts.get("eval", ()),
         demonstrations=demonstrations,
         demonstrated={prompt.id: prompt for prompt in prompts.get("demonstrations", ())},
-        preferences=_preferences(prompts.get("preferences", ())),
+        preferences=pairs.get("preferences", ()),
+        held_out_preferences=pairs.get("eval_preferences", ()),
         report={name: section.report() for name, section in sections.items()},
         longest=longest,
     )
@@ -201,7 +211,7 @@ def read_section(recipe: Recipe, name: str) -> Section | None:
 def played(recipe: Recipe, name: str) -> list[Environment]:
     """The environments that open with the prompts of ``data.<name>``."""
     if name == "train":
-        return [stage.environment for stage in recipe.stages if isinstance(stage, RolloutStage)]
+        return [stage.environment for stage in recipe.stages if isinstance(stage, RolloutStage) and stage.samples]
     return [recipe.evaluation_environment]
 
 
@@ -218,14 +228,7 @@ def accepted(section: Section, on_bad_row: str) -> Section:
         remedy = f"more than the {MAX_SKIPPED_SHARE:.0%} that data.on_bad_row: skip leaves out; mend or remove them"
     else:
         remedy = f"mend or remove them, or set data.on_bad_row: skip (for at most {MAX_SKIPPED_SHARE:.0%} of the rows)"
-    raise UserError(f"data.{section.name}: {bad} of {rows} rows cannot be used; {remedy}:\n{named(section.bad)}")
-
-
-def _preferences(prompts: Sequence[Prompt]) -> dict[str, list[Preference]]:
-    found: dict[str, list[Preference]] = {}
-    for prompt in prompts:
-        found.setdefault(prompt.key, []).append(Preference(prompt, prompt.row["chosen"], prompt.row["rejected"]))
-    return found
+    raise UserError(f"data.{section.name}: {bad} of {rows} rows cannot be used; {remedy}:\n{shown(section.bad)}")
 
 
 def _missing_columns(prompts: Sequence[Prompt], scorer: "Scorer") -> list[str | None]:
@@ -266,15 +269,26 @@ def _encoded(
     return section, longest, last
 
 
-def _shown(
-    section: Section, tokens: Mapping[str, Tokens], opened: Mapping[str, str | Messages], model: Model
-) -> tuple[Section, dict[str, Shown]]:
-    """What demonstrations show after their prompts, by prompt id; rows that cannot be encoded are set aside."""
-    prompts, stops = section.prompts, stop_ids(model.tokenizer, model.module)
-    rows = [(opened[p.id], tokens[p.id], p.row["completion"]) for p in prompts]
-    found = encode_demonstrations(rows, model.tokenizer, stops)
-    shown = {p.id: each for p, each in zip(prompts, found, strict=True) if isinstance(each, Shown)}
-    return section.set_aside(each if isinstance(each, str) else None for each in found), shown
+def _sides(
+    section: Section,
+    tokens: Mapping[str, Tokens],
+    opened: Mapping[str, str | Messages],
+    tokenizer: Tokenizer,
+    stops: Sequence[int],
+) -> tuple[Section, dict[str, dict[str, Shown]]]:
+    """What somebody wrote after the prompts, by column and prompt id; rows that cannot be encoded are set aside."""
+    sides: dict[str, dict[str, Shown]] = {}
+    for column in NEEDED.get(section.name, ()):
+        section = section.set_aside(side_fault(prompt, column) for prompt in section.prompts)
+        rows = [(opened[p.id], tokens[p.id], p.row[column]) for p in section.prompts]
+        found = encode_demonstrations(rows, tokenizer, stops)
+        prompts = section.prompts
+        sides[column] = {p.id: each for p, each in zip(prompts, found, strict=True) if isinstance(each, Shown)}
+        section = section.set_aside(each if isinstance(each, str) else None for each in found)
+    if section.name.endswith("preferences"):
+        same = (sides["chosen"][p.id].token_ids == sides["rejected"][p.id].token_ids for p in section.prompts)
+        section = section.set_aside("'chosen' and 'rejected' are the same tokens" if equal else None for equal in same)
+    return section, sides
 
 
 def _with_tokens(

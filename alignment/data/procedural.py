@@ -1,7 +1,7 @@
 """Prompts made by rule: the source of procedural tasks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,9 @@ class Procedural:
     ] = (1,)
     size: Annotated[int | None, option("how many problems; all of the split when null", unit="prompts", ge=1)] = None
     seed: Annotated[int, option("which problems are taken, and their order")] = 0
+    pairs: Annotated[
+        bool, option("preferences: also 'chosen', the right completion, and 'rejected', that of another problem")
+    ] = False
 
     def __post_init__(self) -> None:
         there = len(self.task.sizes)
@@ -50,8 +53,9 @@ class Procedural:
                 a level has too many to list.
         """
         name = tasks.name_of(self.task)
-        rows = [Prompt(f"{name}/{p.prompt}", _row(name, level, p)) for level, p in self._taken(name)]
-        return Dataset(rows, name)
+        taken = list(self._taken(name))
+        rows = [Prompt(f"{name}/{p.prompt}", _row(name, level, p)) for level, p in taken]
+        return Dataset(_with_sides(rows, name) if self.pairs else rows, name)
 
     def _taken(self, name: str) -> Iterator[tuple[int, Problem]]:
         """Problems from each level in turn, each prompt once, together with the level."""
@@ -93,6 +97,22 @@ class Procedural:
             f"{name} {there} {found} different problems for split {self.split!r} at level {level} (sizes: {size}), "
             f"fewer than {share} asked for; lower size, or take another level or larger sizes"
         )
+
+
+def _with_sides(rows: list[Prompt], name: str) -> list[Prompt]:
+    """Rows with ``chosen``, their own completion, and ``rejected``, the next one by the alphabet: many begin alike.
+
+    Raises:
+        UserError: All problems have the same completion.
+    """
+    texts = sorted({row.row["completion"] for row in rows})
+    if len(texts) < 2:
+        raise UserError(
+            f"{name}: all {len(rows)} problems have the completion {texts[0]!r}, so none is wrong; raise size"
+        )
+    after = dict(zip(texts, [*texts[1:], texts[-2]], strict=True))
+    sides = [{"chosen": row.row["completion"], "rejected": after[row.row["completion"]]} for row in rows]
+    return [replace(row, row={**row.row, **own}) for row, own in zip(rows, sides, strict=True)]
 
 
 def _row(name: str, level: int, problem: Problem) -> dict[str, Any]:

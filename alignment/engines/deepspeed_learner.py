@@ -181,13 +181,13 @@ class DeepSpeedLearner:
         """How many updates a role has had."""
         return self._ask("updates_of", name)[0]
 
-    def refresh_reference(self, mode: str = "copy") -> None:
-        """Makes the reference a frozen copy of the policy's trained weights as they are now.
+    def refresh_reference(self, share: float = 1.0) -> None:
+        """Moves the reference towards the policy's trained weights as they are now; by default the whole way.
 
         Raises:
-            ValueError: ``mode`` is not ``"copy"``.
+            ValueError: ``share`` is not above 0 and at most 1, or is below 1 and there is no reference to move.
         """
-        self._ask("refresh_reference", mode)
+        self._ask("refresh_reference", share)
 
     def save(self, folder: Path) -> None:
         """Every rank writes its part to ``folder``, which all of them have to see, and the first what is whole."""

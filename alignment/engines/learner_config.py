@@ -66,8 +66,8 @@ class Learner(Protocol):
         """How many updates the model ``name`` has had."""
         ...
 
-    def refresh_reference(self, mode: str = "copy") -> None:
-        """Makes the reference follow the policy."""
+    def refresh_reference(self, share: float = 1.0) -> None:
+        """Moves the reference towards the policy, by default the whole way."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -118,15 +118,22 @@ class PolicyLearner:
 
     # Reference
 
-    def refresh_reference(self, mode: str = "copy") -> None:
-        """Makes the reference a frozen copy of the policy's trained weights as they are now.
+    def refresh_reference(self, share: float = 1.0) -> None:
+        """Moves the reference towards the policy's trained weights as they are now; by default the whole way.
 
         Raises:
-            ValueError: ``mode`` is not ``"copy"``.
+            ValueError: ``share`` is not above 0 and at most 1, or is below 1 and there is no reference to move.
         """
-        if mode != "copy":
-            raise ValueError(f"the reference can be refreshed by 'copy', not by {mode!r}")
-        self.reference = self.backend.keep()
+        if not 0 < share <= 1:
+            raise ValueError(f"the reference can go a share of the way that is above 0 and at most 1, not {share}")
+        now = self.backend.keep()
+        if share == 1:
+            self.reference = now
+            return
+        if self.reference is None:
+            raise ValueError("there is no reference that could move: refresh it as a whole first")
+        for name, tensor in now.items():
+            self.reference[name].lerp_(tensor, share)
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:

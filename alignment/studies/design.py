@@ -116,7 +116,10 @@ class Study:
             stages = tuple(self._short(stage, offset + i) for i, stage in enumerate(stages))
         own = {"name": task.run, "output": str(self.runs), "seed": task.seed, "sinks": (JsonlSink(),)}
         run = recipe.run.model_copy(update=own | {"flight_steps": 0, "rollouts_every": 0, "keep_last": 1})
-        return recipe.model_copy(update={"run": run, "stages": stages})
+        changes: dict[str, Any] = {"run": run, "stages": stages}
+        if task.kind == "warm-up":  # nothing is made of its evaluations
+            changes["evaluation"] = recipe.evaluation.model_copy(update={"every": 0})
+        return recipe.model_copy(update=changes)
 
     def start(self, task: Task) -> str | None:
         """The run whose policy a run begins from."""

@@ -187,16 +187,17 @@ def test_demonstrations_meet_the_prompts_of_another_file(tmp_path):
     assert tokenizer.decode(rollout.token_ids[:-1]) == "1" and all(rollout.loss_mask)
 
 
-def test_preferences_by_prompt(tmp_path):
+def test_preferences_are_pairs_of_rollouts(tmp_path):
     rows = [
         {"prompt": "0+1=", "chosen": "1", "rejected": "2"},
-        {"prompt": "0+1=", "chosen": "1", "rejected": "10"},
+        {"prompt": "0+1=", "chosen": "1", "rejected": "10", "chosen_score": 1, "rejected_score": -0.5},
         {"prompt": "5+5=", "chosen": "10", "rejected": "55"},
     ]
     found, _ = section(tmp_path, SOUND[:3], preferences=file(tmp_path, rows, "pairs.jsonl"))
-    pairs = found.preferences[found.train[1].key]
-    assert [(p.prompt.row["prompt"], p.chosen, p.rejected) for p in pairs] == [("0+1=", "1", "2"), ("0+1=", "1", "10")]
-    assert len(found.preferences) == 2 and found.report["preferences"]["rows"] == 3
+    texts = [[r.text for r in pair.rollouts] for pair in found.preferences]
+    assert texts == [["1", "2"], ["1", "10"], ["10", "55"]] and found.report["preferences"]["rows"] == 3
+    assert [[r.reward for r in pair.rollouts] for pair in found.preferences[:2]] == [[None, None], [1, -0.5]]
+    assert [pair.uid for pair in found.preferences] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

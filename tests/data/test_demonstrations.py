@@ -9,7 +9,8 @@ import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from alignment.data.demonstrations import Dialogues, Shown, demonstration, encode_demonstrations
+from alignment.data.demonstrations import Dialogues, Shown, encode_demonstrations
+from alignment.data.sides import demonstration
 from alignment.errors import UserError
 from alignment.models import encode_prompt
 from alignment.types import Prompt

@@ -74,6 +74,20 @@ def test_micro_batches_of_packs_stay_in_the_budget_and_hold_every_row_once(ranks
     assert sorted(seen) == batch.loss_mask_BT.any(1).nonzero()[:, 0].tolist() and len(counts) == 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_two_sides_of_a_pair_stay_together(ranks: int) -> None:
+    batch = make_batch(8)
+    batch = replace(batch, side_B=torch.tensor([1, -1] * 4, dtype=torch.int8))
+    seen: list[int] = []
+    for rank in range(ranks):
+        for rows, micro in Share(rank, ranks, pack_tokens=40).micro_batches(batch, 60):
+            seen += rows.tolist()
+            for pack_of in [] if micro.pack_B is None else micro.pack_B.unique():
+                groups = micro.group_B[micro.pack_B == pack_of]
+                assert set(groups.tolist()).isdisjoint(micro.group_B[micro.pack_B != pack_of].tolist())
+    assert sorted(seen) == batch.loss_mask_BT.any(1).nonzero()[:, 0].tolist()
+
+
 def gradients(module: nn.Module, batch: Batch, share: Share, budget: int, packing: bool) -> tuple[Tensor, list[Tensor]]:
     module.zero_grad()
     logprobs, objective = LogProbs(module, chunk_mb(1000), packing=packing), Objective.supervised()

@@ -190,11 +190,11 @@ def test_the_reference_stays_where_it_was_until_it_is_refreshed() -> None:
     assert start is not None and now.ref_logp_BT is not None and now.old_logp_BT is not None
     assert torch.equal(start, now.ref_logp_BT)
     assert (now.old_logp_BT - start).abs().max() > 1e-3
-    learner.refresh_reference("copy")
+    learner.refresh_reference()
     refreshed = learner.annotate(batch, {"reference"}).ref_logp_BT
     assert refreshed is not None and torch.equal(refreshed, now.old_logp_BT)
-    with pytest.raises(ValueError, match="by 'copy', not by 'average'"):
-        learner.refresh_reference("average")
+    with pytest.raises(ValueError, match="above 0 and at most 1, not 1.5"):
+        learner.refresh_reference(1.5)
 
 
 def test_a_reference_is_not_made_up_after_training() -> None:

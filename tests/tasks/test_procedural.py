@@ -57,6 +57,16 @@ def test_a_row_has_the_columns_of_its_task():
     assert prompt.id == f"countdown/{prompt.row['prompt']}"
 
 
+def test_pairs_have_a_right_side_and_one_of_another_problem():
+    found = Procedural(Arithmetic(sizes=(9,)), "train", pairs=True).load(HERE).prompts
+    answers = {p.row["completion"] for p in found}
+    assert all(p.row["chosen"] == p.row["completion"] != p.row["rejected"] in answers for p in found)
+    plain = Procedural(Arithmetic(sizes=(9,)), "train").load(HERE).prompts
+    assert digest(plain) == digest(found) and "chosen" not in plain[0].row
+    with pytest.raises(UserError, match="so none is wrong"):
+        Procedural(Arithmetic(sizes=(9,)), "train", size=1, pairs=True).load(HERE)
+
+
 def test_splits_together_are_all_problems_and_each_is_large_enough():
     loaded = {split: Procedural(Arithmetic(sizes=(49,)), split).load(HERE).prompts for split in SPLITS}
     assert len({p.id for rows in loaded.values() for p in rows}) == sum(map(len, loaded.values())) == 50 * 50

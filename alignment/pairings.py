@@ -1,0 +1,117 @@
+"""Where a preference stage's pairs come from: ``data.preferences``, or completions that it samples and scores.
+
+A pair is a :class:`~alignment.types.Group` of two rollouts, the preferred one first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
+
+from alignment.algorithms.preference_objective import CHOSEN, GROUND_TRUTH, MISMATCHED, REJECTED
+from alignment.registry import Registry, option
+from alignment.types import Group, Rollout
+
+
+@runtime_checkable
+class Pairing(Protocol):
+    """How pairs are come by."""
+
+    sampled: ClassVar[bool]
+    """Whether the stage samples ``prompts_per_step`` prompts, ``group_size`` completions each, for them."""
+
+    def pairs(self, group: Group) -> list[Group]:
+        """Pairs of a sampled and scored group; none where nothing is better than anything else."""
+        ...
+
+
+pairings: Registry[Pairing] = Registry("pairings", Pairing, "Where a preference stage's pairs come from")
+Every = Annotated[
+    int, option("steps that one round of samples serves: 1 is online, more is iterative", unit="steps", ge=1)
+]
+
+
+@pairings.register("given", source="this project", evidence="end to end")
+@dataclass(frozen=True)
+class Given:
+    """The pairs of ``data.preferences``, in an order that is drawn for each epoch."""
+
+    batch_size: Annotated[int, option("pairs of a step", unit="pairs", ge=1)] = 32
+    sampled: ClassVar[bool] = False
+
+    def pairs(self, group: Group) -> list[Group]:
+        """It is a pair already."""
+        return [group]
+
+
+@pairings.register("best_worst", source="Online AI Feedback (arXiv 2402.04792), with any reward", evidence="end to end")
+@dataclass(frozen=True)
+class BestWorst:
+    """The completion of each prompt that has the highest reward, and the one that has the lowest."""
+
+    every: Every = 1
+    min_gap: Annotated[float, option("least difference of rewards that makes a pair", ge=0)] = 0.0
+    sampled: ClassVar[bool] = True
+
+    def pairs(self, group: Group) -> list[Group]:
+        """One pair; of equal rewards the completion sampled first counts."""
+        rollouts = _scored(group)
+        if not rollouts:
+            return []
+        best = max(rollouts, key=lambda r: r.reward or 0.0)
+        worst = min(rollouts, key=lambda r: r.reward or 0.0)
+        gap = (best.reward or 0.0) - (worst.reward or 0.0)
+        return [replace(group, rollouts=(best, worst))] if gap > 0 and gap >= self.min_gap else []
+
+
+@pairings.register("all", source="MM-RLHF (arXiv 2502.10391): all pairs of different ranks", evidence="end to end")
+@dataclass(frozen=True)
+class AllPairs:
+    """Every two completions of a prompt whose rewards differ."""
+
+    every: Every = 1
+    min_gap: Annotated[float, option("least difference of rewards that makes a pair", ge=0)] = 0.0
+    sampled: ClassVar[bool] = True
+
+    def pairs(self, group: Group) -> list[Group]:
+        """In the order of sampling."""
+        found: list[Group] = []
+        for one, other in combinations(_scored(group), 2):
+            better, worse = (one, other) if (one.reward or 0.0) >= (other.reward or 0.0) else (other, one)
+            gap = (better.reward or 0.0) - (worse.reward or 0.0)
+            if gap > 0 and gap >= self.min_gap:
+                found.append(replace(group, rollouts=(better, worse)))
+        return found
+
+
+def compared(
+    pairs: Sequence[Group], mismatched: bool, ground_truth: Mapping[str, Sequence[Rollout]] | None
+) -> tuple[list[Group], list[int]]:
+    """The groups of a batch, and which side each of their rows is on.
+
+    Args:
+        pairs: Two rollouts each, the preferred first.
+        mismatched: Add, for each row, its prompt with the completion of the row before it.
+        ground_truth: Demonstrations by the key of their prompt: the first of each pair's prompt is added; None: no.
+
+    Returns:
+        Groups of pairs first, then those of one row; and a side for every row, in their order.
+    """
+    groups, sides = list(pairs), [CHOSEN, REJECTED] * len(pairs)
+    rows = [(pair, rollout) for pair in pairs for rollout in pair.rollouts]
+    for i, (pair, rollout) in enumerate(rows) if mismatched else ():
+        other = rows[i - 1][1]
+        odd = replace(
+            rollout, token_ids=other.token_ids, loss_mask=other.loss_mask, behaviour_logp=other.behaviour_logp
+        )
+        groups.append(replace(pair, rollouts=(replace(odd, id=f"{rollout.id}/mismatched"),)))
+        sides.append(MISMATCHED)
+    for pair in pairs if ground_truth is not None else ():
+        shown = ground_truth.get(pair.prompt.key, ()) if ground_truth is not None else ()
+        groups += [replace(pair, rollouts=(rollout,)) for rollout in shown[:1]]
+        sides += [GROUND_TRUTH] * len(shown[:1])
+    return groups, sides
+
+
+def _scored(group: Group) -> list[Rollout]:
+    return [r for r in group.rollouts if r.scored and r.reward is not None]

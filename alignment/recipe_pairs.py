@@ -1,0 +1,41 @@
+"""Preference stages that cannot work as they are written."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from alignment.algorithms.preferences import preference_losses
+from alignment.recipe_tree import Conflict, Place
+from alignment.references import references
+
+if TYPE_CHECKING:
+    from alignment.recipe import PreferenceStage, Recipe
+
+
+def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Place) -> Iterator[Conflict]:
+    """Pairs that come from nowhere, and references that cannot be had."""
+    reference = references.name_of(stage.reference)
+    here: Place = (*place, "reference")
+    if not stage.samples:
+        if recipe.data.preferences is None:
+            message = "a stage 'preference' needs data.preferences, or pairs that it samples: pairs: best_worst"
+            yield Conflict(place, message, (("data", "preferences"), (*place, "pairs")))
+        plain = type(stage)(steps=1)  # a run's own copy of its recipe says every default
+        for name in ("prompts_per_step", "group_size", "sampling", "curricula", "environment"):
+            if getattr(stage, name) == getattr(plain, name):
+                continue
+            message = "says how completions are sampled, and this stage takes the pairs of data.preferences"
+            yield Conflict((*place, name), f"{message}: leave it out, or set pairs to best_worst", ((*place, "pairs"),))
+    elif stage.group_size < 2:
+        yield Conflict((*place, "group_size"), "1 makes no pair: sample at least 2 completions of each prompt")
+    if reference == "cached" and stage.samples:
+        message = "'cached' is computed once over pairs that are there before: take 'copy', whose pairs may be new"
+        yield Conflict(here, message, ((*place, "pairs"),))
+    if reference == "cached" and stage.mismatched:
+        message = "'cached' has nothing of prompts with other ones' completions, which 'kto' asks for: take 'copy'"
+        yield Conflict(here, message, ((*place, "losses"),))
+    if not stage.compares and reference != "copy":
+        names = ", ".join(preference_losses.name_of(loss) for loss in stage.losses)
+        yield Conflict(here, f"is not looked at by {names}: leave it out", ((*place, "losses"),))
+    if stage.guided and recipe.data.demonstrations is None:
+        message = "'nll' of ground_truth needs data.demonstrations"
+        yield Conflict((*place, "losses"), message, (("data", "demonstrations"),))

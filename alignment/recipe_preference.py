@@ -1,0 +1,89 @@
+"""The preference stage of a recipe: direct alignment from pairs, given or sampled."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from alignment.algorithms import binary_preferences  # noqa: F401 - they register losses
+from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.preference_objective import PreferenceObjective
+from alignment.algorithms.preferences import PreferenceLoss, check_losses, preference_losses
+from alignment.algorithms.state import needs_of
+from alignment.critics import Critic
+from alignment.curricula import places
+from alignment.pairings import Pairing, pairings
+from alignment.recipe_rollouts import RolloutStage, default
+from alignment.recipe_sections import Label
+from alignment.references import Reference, references
+from alignment.registry import component
+
+
+class PreferenceStage(RolloutStage):
+    """Learns from pairs of completions: those of ``data.preferences``, or those that it samples, scores and pairs."""
+
+    stage: Literal["preference"] = "preference"
+    name: Label = "preference"
+    losses: tuple[Annotated[PreferenceLoss, component(preference_losses)], ...] = Field(
+        default_factory=lambda: (preference_losses.build("dpo"),)
+    )
+    """Summed by their ``weight``: MPO is ``dpo``, ``bco`` and ``nll``."""
+    pairs: Annotated[Pairing, component(pairings)] = default(pairings, "given")
+    reference: Annotated[Reference, component(references)] = default(references, "copy")
+
+    @field_validator("losses")
+    @classmethod
+    def _summable(cls, value: tuple[PreferenceLoss, ...]) -> tuple[PreferenceLoss, ...]:
+        check_losses(value)
+        return value
+
+    @property
+    def samples(self) -> bool:
+        """Whether it samples completions of ``data.train``."""
+        return self.pairs.sampled
+
+    @property
+    def updates_per_step(self) -> int:
+        """One optimizer step."""
+        return 1
+
+    @property
+    def credited(self) -> Algorithm:
+        """Nothing is credited: a pair says itself what it has to teach."""
+        return Algorithm(correction=None)
+
+    @property
+    def values(self) -> Critic | None:
+        """None."""
+        return None
+
+    def policy_rests(self, stage_step: int) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def compares(self) -> bool:
+        """Whether any loss compares the policy with a reference."""
+        return any("reference" in needs_of(loss) for loss in self.losses)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the learner has to keep one."""
+        return self.compares and self.reference.kept
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether any loss asks for prompts with other ones' completions."""
+        return any(getattr(loss, "mismatched", False) for loss in self.losses)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any loss is of demonstrations."""
+        return any(getattr(loss, "of", None) == "ground_truth" for loss in self.losses)
+
+    def components(self) -> dict[str, Any]:
+        """Its components by their place, the key of their state."""
+        return {**places(self.curricula), **{f"losses.{i}": loss for i, loss in enumerate(self.losses)}}
+
+    def objective(self, states: Any) -> PreferenceObjective:
+        """The sum of the losses with their states."""
+        return PreferenceObjective([(loss, states.get(f"losses.{i}")) for i, loss in enumerate(self.losses)])

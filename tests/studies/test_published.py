@@ -1,0 +1,32 @@
+"""Results that are published belong to the claim that stands beside them, and their page says the same."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.studies.claim import read_claim
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "recipes/studies").glob("*/results.json"))
+CLAIMED = [path.parent for path in RESULTS if (path.parent / "claim.yaml").exists()]
+
+
+def test_some_are_published():
+    assert "curriculum" in {folder.name for folder in CLAIMED}
+
+
+@pytest.mark.parametrize("folder", CLAIMED, ids=lambda folder: folder.name)
+def test_results_claim_and_page_are_of_one_study(folder):
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/studies" / f"{folder.name}.md").read_text(encoding="utf-8")
+    digest = hashlib.sha256((folder / "claim.yaml").read_bytes()).hexdigest()
+    assert results["claim_sha256"] == digest and digest in page
+    assert f"**Verdict: {results['verdict']}.**" in page
+    assert (ROOT / "docs/studies" / f"{folder.name}.png").stat().st_size > 1000
+    claim = read_claim(folder / "claim.yaml").claim
+    assert {arm["arm"] for arm in results["arms"]} == set(claim.compared)
+    assert list(results["seeds"]["report"]) == list(claim.report_seeds)
+    for arm in results["arms"]:
+        assert f"| {arm['arm']} | {arm['value']:.4f} (" in page

@@ -1,0 +1,288 @@
+"""Preference stages as whole runs: given and sampled pairs, each loss and reference, resuming, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import alignment
+from alignment.algorithms.preferences import preference_losses
+from alignment.errors import UserError
+from alignment.pairings import AllPairs, BestWorst, compared
+from alignment.recipe import load
+from alignment.reference_cache import ReferenceCache
+from alignment.score import Score
+from alignment.types import Group, Prompt, Rollout, SamplingParams
+from tests.test_train import Recorder, contents, lines
+
+ALPHABET = "0123456789+="
+PAIRS = [
+    {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str((a + b + 3) % 10), "completion": str(a + b),
+     "answer": str(a + b), "chosen_score": 1.0, "rejected_score": 0.25}
+    for a in range(4) for b in range(4)
+]  # fmt: skip
+LOSSES = [
+    "dpo", "robust_dpo", "ipo", "hinge", "length_normalized_dpo", "simpo", "orpo", "mm_dpo", "kto", "bco",
+]  # fmt: skip
+
+
+def recipe(folder: Path, stage: dict, rows=PAIRS, **changes) -> Path:
+    """A tiny recipe whose only stage is ``stage``, beside a file of pairs."""
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"name": "dataset", "path": "pairs.jsonl"}
+    whole = {
+        "run": {"name": "tiny", "output": str(folder / "runs"), "sinks": ["jsonl"], "save_every": 0},
+        "model": {
+            "build": {"alphabet": ALPHABET, "hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 2,
+                      "intermediate_size": 64, "max_positions": 32},
+        },
+        "data": {"preferences": data, "eval_preferences": data, "max_prompt_tokens": 8},
+        "rewards": ["exact_match"],
+        "evaluation": {"every": 0, "sampling": {"max_tokens": 3}},
+        "stages": [{"stage": "preference", "steps": 3, "learner": {"name": "torch", "lr": 1e-2}, **stage}],
+    }  # fmt: skip
+    whole = {**whole, **{key: {**whole[key], **value} for key, value in changes.items()}}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+    return path
+
+
+def given(**stage) -> dict:
+    return {"pairs": {"name": "given", "batch_size": 8}, **stage}
+
+
+SAMPLED = {
+    "pairs": "best_worst",
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "sampling": {"max_tokens": 3},
+}
+TRAIN = {"train": {"name": "dataset", "path": "pairs.jsonl"}}
+# a reward that an untrained model sometimes earns, so that there are pairs
+FORMAT = [{"name": "format", "pattern": "[0-4].*"}]
+
+
+def sampled(folder: Path, **stage) -> Path:
+    path = recipe(folder, {**SAMPLED, **stage}, data=TRAIN)
+    whole = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**whole, "rewards": FORMAT}), encoding="utf-8")
+    return path
+
+
+def trained(path: Path, *sinks, **options) -> dict:
+    return alignment.train(path, sinks=sinks, **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_teaches_the_preferred_side(tmp_path, loss):
+    path = recipe(tmp_path, given(losses=[loss], steps=12))
+    result = trained(path)
+    records = [line for line in lines(result["folder"]) if line["kind"] == "train"]
+    assert records[-1]["margin"] > records[0]["margin"] + 0.05
+    assert records[-1]["held_out/ranking"] > records[0]["held_out/ranking_before"]
+    assert records[0]["pairs"] == 8 and records[0]["optimizer_steps"] == 1
+    (stage,) = result["stages"]
+    assert stage["labels"] == {"pairs": 16}
+    assert stage["measured"] == {
+        "ranking": {"before": records[0]["held_out/ranking_before"], "after": records[-1]["held_out/ranking"]}
+    }
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_packing_changes_nothing(tmp_path, loss):
+    """Though the sides of one pair stand beside those of others."""
+    found = []
+    for packing in (False, True):
+        learner = {"name": "torch", "lr": 1e-2, "packing": packing, "pack_tokens": 24, "micro_batch_tokens": 60}
+        changes = {"run": {"name": f"packing-{packing}"}}
+        path = recipe(tmp_path, given(losses=[loss], learner=learner), **changes)
+        found.append([line for line in lines(trained(path)["folder"]) if line["kind"] == "train"])
+    for alone, packed in zip(*found, strict=True):
+        assert packed.keys() == alone.keys()
+        for name in ("loss", "margin", "grad_norm"):
+            assert packed[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5)
+
+
+def test_every_registered_loss_is_among_those():
+    assert {entry.name for entry in preference_losses} == {*LOSSES, "nll"}
+
+
+def test_a_policy_that_is_the_reference_has_the_loss_of_a_coin(tmp_path):
+    first = lines(trained(recipe(tmp_path, given(losses=["dpo"], steps=1)))["folder"])[0]
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6) and first["margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_mpo_is_a_weighted_list(tmp_path):
+    losses = [{"name": "dpo", "weight": 0.8}, {"name": "bco", "weight": 0.2}, "nll"]
+    first = lines(trained(recipe(tmp_path, given(losses=losses, steps=2)))["folder"])[0]
+    assert first["loss/dpo"] == pytest.approx(0.6931472, abs=1e-6)
+    assert first["loss/bco"] == pytest.approx(2 * 0.6931472, abs=1e-6)
+    assert first["loss"] == pytest.approx(0.831777 + first["loss/nll"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "reference", ["copy", "cached", {"name": "ema", "decay": 0.5}, {"name": "refreshed", "every": 2}]
+)
+@pytest.mark.parametrize("lora", [False, True])
+def test_references(tmp_path, reference, lora):
+    path = recipe(
+        tmp_path, given(reference=reference, steps=3), model={"lora": {"rank": 2, "alpha": 4}} if lora else {}
+    )
+    if lora:
+        whole = yaml.safe_load(path.read_text())
+        whole["model"]["build"]["intermediate_size"] = 64
+        path.write_text(yaml.safe_dump(whole))
+    records = lines(trained(path)["folder"])
+    name = reference if isinstance(reference, str) else reference["name"]
+    assert records[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    # of the third step: at the end of a round of two the policy is the reference again, and a moving one is nearer
+    if name == "refreshed":
+        assert records[2]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    else:
+        assert records[2]["loss"] < 0.693
+
+
+def test_a_cached_reference_is_a_copied_one(tmp_path):
+    losses = {}
+    for name in ("copy", "cached"):
+        folder = tmp_path / name
+        folder.mkdir()
+        found = lines(trained(recipe(folder, given(reference=name, steps=4)))["folder"])
+        losses[name] = [line["loss"] for line in found]
+    assert losses["copy"] == pytest.approx(losses["cached"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        given(losses=["dpo"]),
+        given(losses=[{"name": "dpo", "weight": 0.8}, {"name": "bco", "weight": 0.2}, "nll"]),
+        given(losses=["kto"]),
+        given(reference="cached"),
+        given(reference={"name": "ema", "decay": 0.5}),
+        {**SAMPLED, "losses": ["dpo"]},
+        {**SAMPLED, "pairs": {"name": "all", "every": 2}, "reference": {"name": "refreshed", "every": 2}},
+    ],
+    ids=["dpo", "mpo", "kto", "cached", "ema", "online", "iterative"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stage):
+    found = {}
+    for name, stop in (("whole", None), ("resumed", 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        build = recipe if "group_size" not in stage else lambda f, s: sampled(f, **s)
+        path = build(folder, {**stage, "steps": 6})
+        if stop:
+            assert trained(path, Recorder(stop_after=stop))["status"] == "interrupted"
+        result = trained(path)
+        assert result["status"] == "complete"
+        found[name] = contents(result["folder"]), lines(result["folder"])
+    ours, theirs = found["whole"], found["resumed"]
+    assert ours[0].keys() == theirs[0].keys()
+    for name, data in ours[0].items():
+        assert data == theirs[0][name], name
+    assert ours[1] == theirs[1]
+
+
+def test_online_and_iterative_are_one_recipe_with_other_intervals(tmp_path):
+    seen = {}
+    for every in (1, 3):
+        folder = tmp_path / str(every)
+        folder.mkdir()
+        path = sampled(folder, pairs={"name": "best_worst", "every": every}, steps=6)
+        records = lines(trained(path)["folder"])
+        seen[every] = [line.get("rollouts") for line in records if line["kind"] == "train"]
+    assert seen[1] == [16] * 6
+    assert seen[3] == [48, None, None, 48, None, None]
+
+
+def rollout(name: str, reward: float | None, tokens=(1, 2)) -> Rollout:
+    scores = {} if reward is None else {"r": Score(reward)}
+    return Rollout(
+        name, "p", (5, 6), tokens, (True,) * len(tokens), (0.0,) * len(tokens), name, "stop", 0, "test",
+        SamplingParams(4), (), scores=scores, reward=reward,
+    )  # fmt: skip
+
+
+def group(*rewards) -> Group:
+    return Group(7, Prompt("p", {"prompt": "x"}), tuple(rollout(str(i), r) for i, r in enumerate(rewards)))
+
+
+def test_pairs_of_a_group():
+    names = [[r.id for r in pair.rollouts] for pair in BestWorst().pairs(group(0.0, None, 3.0, 1.0))]
+    assert names == [["2", "0"]]
+    assert BestWorst().pairs(group(1.0, 1.0, None)) == [] == BestWorst(min_gap=5.0).pairs(group(0.0, 1.0))
+    found = [[r.id for r in pair.rollouts] for pair in AllPairs().pairs(group(0.0, 1.0, 1.0, 2.0))]
+    assert found == [["1", "0"], ["2", "0"], ["3", "0"], ["3", "1"], ["3", "2"]]
+
+
+def test_a_mismatched_row_has_the_completion_of_the_row_before():
+    pairs = [
+        Group(i, Prompt(f"p{i}", {"prompt": f"x{i}"}), (rollout("a", 1.0, (i,)), rollout("b", 0.0, (i, i))))
+        for i in (1, 2)
+    ]
+    groups, sides = compared(pairs, True, None)
+    assert sides == [1, -1, 1, -1, 0, 0, 0, 0]
+    assert [g.rollouts[0].token_ids for g in groups[2:]] == [(2, 2), (1,), (1, 1), (2,)]
+    groups, sides = compared(pairs, False, {pairs[1].prompt.key: [rollout("shown", None, (9,))]})
+    assert sides == [1, -1, 1, -1, 2] and groups[2].rollouts[0].id == "shown"
+
+
+def test_a_cache_is_ragged_and_filled_by_uid(tmp_path):
+    cache = ReferenceCache(torch.arange(7).float(), torch.tensor([0, 1, 3, 6, 7]))
+    path = tmp_path / "cache.safetensors"
+    cache.write(path)
+    again = ReferenceCache.read(path)
+    assert torch.equal(again.logp, cache.logp) and torch.equal(again.start, cache.start)
+    path.write_bytes(b"junk")
+    with pytest.raises(UserError, match="cannot be read"):
+        ReferenceCache.read(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}], "pairs.jsonl:17: 'chosen' and 'rejected' are equal"),
+        ([{"prompt": "1+1=", "chosen": "2"}], "pairs.jsonl:17: has 'chosen' alone"),
+        ([{**PAIRS[0], "chosen": "x"}], "pairs.jsonl:17: .*'x'"),
+        (
+            [{**PAIRS[0], "chosen": "12345"}],
+            "pairs.jsonl:17: 'chosen' has 6 tokens, more than data.max_completion_tokens",
+        ),
+        ([{**PAIRS[0], "chosen_score": "good"}], "pairs.jsonl:17: 'chosen_score' must be a number"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
+    path = recipe(tmp_path, given(), rows=[*PAIRS, *rows], data={"max_completion_tokens": 4})
+    with pytest.raises(UserError, match=message):
+        trained(path)
+    assert not list((tmp_path / "runs").rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({**given(), "prompts_per_step": 4}, "stages.0.prompts_per_step: says how completions are sampled"),
+        ({**SAMPLED, "reference": "cached"}, "stages.0.reference: 'cached' is computed once"),
+        ({**given(losses=["kto"], reference="cached")}, "stages.0.reference: 'cached' has nothing of prompts with"),
+        ({**given(losses=["simpo"], reference="cached")}, "stages.0.reference: is not looked at by simpo"),
+        ({**SAMPLED, "group_size": 1}, "stages.0.group_size: 1 makes no pair"),
+        ({**given(losses=[])}, "losses is empty"),
+        ({**given(losses=["dpoo"])}, "'dpoo' is not one of the preference_losses; did you mean 'dpo'"),
+        ({**given(losses=["dpo", {"name": "nll", "of": "ground_truth"}])}, "needs data.demonstrations"),
+    ],
+)
+def test_a_stage_that_cannot_work_is_refused(tmp_path, stage, message):
+    with pytest.raises(UserError, match=message):
+        load([recipe(tmp_path, stage, data=TRAIN)])
+
+
+def test_pairs_that_do_not_fit_are_refused_with_the_row(tmp_path):
+    path = recipe(tmp_path, given(learner={"name": "torch", "micro_batch_tokens": 8}))
+    with pytest.raises(UserError, match=r"pairs.jsonl:\d+, 6 tokens each at most, .* raise that to 12"):
+        trained(path)
+    path = recipe(tmp_path, given(losses=["mm_dpo"]), rows=[{k: v for k, v in PAIRS[0].items() if "score" not in k}])
+    with pytest.raises(UserError, match="'mm_dpo' needs a score of each side, which the pair .*pairs.jsonl:1 lacks"):
+        trained(path)
