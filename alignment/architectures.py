@@ -11,6 +11,7 @@ from alignment.recipe_sections import Lora, ModelConfig
 
 SPECIAL_TOKENS = 2
 """Of a character-level model: padding and end of sequence."""
+CONTROL_TOKENS = 2
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 
@@ -41,7 +42,7 @@ class Shape:
         if model.build is not None:
             b = model.build
             sizes = (b.hidden_size, b.layers, b.heads, b.kv_heads, b.hidden_size // b.heads, b.intermediate_size)
-            vocabulary = len(b.alphabet) + SPECIAL_TOKENS
+            vocabulary = len(b.alphabet) + SPECIAL_TOKENS + (CONTROL_TOKENS if model.control else 0)
             norms = b.architecture == "qwen3"
             return cls(vocabulary, *sizes, tied=True, head_norms=norms, positions=b.max_positions)
         file = Path(model.path or "") / "config.json"

@@ -15,6 +15,7 @@ from alignment.archive import GroupArchive
 from alignment.batching import collate
 from alignment.checkpoint import Checkpoints, Saved, save_state
 from alignment.collect import Sealed
+from alignment.control import control_ids
 from alignment.data.load import LoadedData
 from alignment.durable import digest
 from alignment.engines.assembly import Engines
@@ -80,10 +81,15 @@ class Job:
         recipe, stage = self.recipe, self.stage
         longest = [recipe.evaluation.sampling.max_tokens]
         longest += [stage.sampling.max_tokens] if isinstance(stage, RolloutStage) and stage.samples else []
-        need = recipe.data.max_prompt_tokens + max(longest)
+        need = recipe.data.max_prompt_tokens + len(self.control_ids[:1]) + max(longest)
         folders = tuple(map(str, recipe.plugin_folders))
         positions = max_positions(self.model.module) or need
         return Site(self.model, min(need, positions), None, recipe.plugins, folders, self.idle)
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """:func:`alignment.control.control_ids` of the model."""
+        return control_ids(self.model.tokenizer, self.model.module)
 
     @property
     def model_has_weights(self) -> bool:
@@ -122,9 +128,9 @@ class Job:
 
         Not while the learner is ahead of ``state``: the step is completed first.
         """
-        limit, engines = self.recipe.data.max_prompt_tokens, self.engines
+        limit, engines, cue = self.recipe.data.max_prompt_tokens, self.engines, self.control_ids[:1]
         return Player(
-            engines.sampler, self.model.tokenizer, environment, limit, self._check_stop, playing=engines.playing
+            engines.sampler, self.model.tokenizer, environment, limit, self._check_stop, cue, playing=engines.playing
         )
 
     def publish(self, version: int) -> dict[str, float]:
@@ -152,8 +158,8 @@ class Job:
             self._meanwhile = None
 
     def params(self, sampling: Sampling) -> SamplingParams:
-        """The sampler's parameters, with the model's own stop tokens."""
-        return sampling.params(stop_ids(self.model.tokenizer, self.model.module))
+        """The sampler's parameters, with the model's own stop tokens and without its control tokens."""
+        return sampling.params(stop_ids(self.model.tokenizer, self.model.module), self.control_ids)
 
     def collate(self, groups: Sequence[Group], step: int) -> Batch:
         """The tensors of ``groups``, on the learner's device."""

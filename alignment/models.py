@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from alignment.control import add_control_tokens
 from alignment.data.hub import locate_model, names_folder
 from alignment.errors import UserError
 
@@ -62,12 +63,14 @@ def load_model(config: "ModelConfig", seed: int, weights: bool = True) -> Model:
 
     Raises:
         UserError: The folder, the tokenizer or weights are missing or do not fit together, the hub cannot be reached
-            or has no such model, or LoRA's targets are not in the model.
+            or has no such model, LoRA's targets are not in the model, or control tokens cannot be added.
     """
     if (config.path is None) == (config.build is None):
         raise UserError("model: give one of 'path' (a folder or a hub id) and 'build' (a new small model)")
     with _seeded(seed), no_progress_bars(), nullcontext() if weights else torch.device("meta"):
         model = _build(config, config.build) if config.build else _load(config, str(config.path), weights)
+        if config.control:
+            add_control_tokens(model.module, model.tokenizer, config.control, embeddings_trained=not config.lora)
         if config.lora and weights:
             model.module = _adapt(model.module, config.lora, config.revision)
     model.module.eval()
@@ -112,7 +115,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[int, ..
         return tuple(tokenizer.encode(prompt, add_special_tokens=False))
     except Exception as error:  # the tokenizers library raises nothing more specific
         vocabulary = tokenizer.get_vocab()
-        alphabet = "".join(token for token in sorted(vocabulary, key=vocabulary.__getitem__) if token not in (PAD, EOS))
+        special = tokenizer.all_special_tokens
+        alphabet = "".join(token for token in sorted(vocabulary, key=vocabulary.__getitem__) if token not in special)
         unknown = [repr(c) for c in dict.fromkeys(prompt) if c not in alphabet]
         if not unknown:
             raise

@@ -7,6 +7,7 @@ import torch
 from alignment.algorithms.objective import Objective
 from alignment.job import Job
 from alignment.recipe import SftStage
+from alignment.supervision import lesson
 from alignment.types import Group, Prompt, Rollout, TrainState, keyed_seed
 
 
@@ -24,13 +25,14 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
     Raises:
         Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
     """
-    rollouts = [rollout for group in job.data.demonstrations.values() for rollout in group]
-    for index in batches(len(rollouts), stage.batch_size, state.stage_step, job.seed):
+    shown = lesson(stage, job.data, f"stages.{state.stage}", job.control_ids, job.seed)
+    for index in batches(len(shown.rollouts), stage.batch_size, state.stage_step, job.seed):
         job.stop.check()
         job.settled = False
         with job.phases("update"):
-            groups = [_group(uid, rollouts[i]) for uid, i in enumerate(index)]
-            metrics = supervise(job, groups, state.step, "rl", stage.objective())
+            groups = [_group(uid, shown.rollouts[i]) for uid, i in enumerate(index)]
+            batch = shown.weighted(job.collate(groups, state.step), index)
+            metrics = job.engines.learner.update(batch, stage.supervision())
         job.evaluate_if_due(state.step + 1)
         state = job.finish_step(state.next_step(), metrics)
         if state.stage_step >= stage.steps:
@@ -38,12 +40,10 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
     return state
 
 
-def supervise(
-    job: Job, groups: Sequence[Group], step: int, slot: str, objective: Objective | None = None
-) -> dict[str, float]:
-    """One supervised update of ``slot`` on demonstration groups; its metrics under ``<slot>/`` unless it is ``rl``."""
-    metrics = job.engines.learner.update(job.collate(groups, step), objective or Objective.supervised(), slot=slot)
-    return dict(metrics) if slot == "rl" else {f"{slot}/{name}": value for name, value in metrics.items()}
+def supervise(job: Job, groups: Sequence[Group], step: int, slot: str, objective: Objective) -> dict[str, float]:
+    """One supervised update of ``slot`` on demonstration groups; its metrics under ``<slot>/``."""
+    metrics = job.engines.learner.update(job.collate(groups, step), objective, slot=slot)
+    return {f"{slot}/{name}": value for name, value in metrics.items()}
 
 
 def batches(size: int, batch_size: int, start: int, seed: int) -> Iterator[list[int]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from alignment.batching import plan_micro_batches
+from alignment.batching import pack, plan_micro_batches
 from alignment.types import Batch
 
 Rows = list[int]
@@ -177,20 +177,43 @@ class Share:
     rank: int = 0
     ranks: int = 1
     cost: Cost = Cost()
+    pack_tokens: int | None = None
+    """Rows are put end to end up to this many tokens (:func:`alignment.batching.pack`); None: each stays alone."""
 
     def micro_batches(self, batch: Batch, max_tokens: int) -> list[tuple[Tensor, Batch]]:
         """Row indices in ``batch``, and rows, of this rank's micro-batches; rows without a trained token are left out.
 
         The two sides of a pair are in one micro-batch. All ranks get the same number. One without rows holds a row that
-        stands in, in which nothing is trained on, so that all ranks go through the model together.
+        stands in, in which nothing is trained on, so that all ranks go through the model together. Rows that are put
+        end to end count as one row of the plan, and ``pack_B`` says which they are.
         """
         rows = batch.loss_mask_BT.any(1).nonzero()[:, 0]
         units = rows[:, None] if batch.side_B is None else _pairs(batch, rows)
+        if self.pack_tokens is not None:
+            return self._packed(batch, rows, units, max_tokens, self.pack_tokens)
         width_U = batch.length_B[units.clamp(min=0)].where(units >= 0, 0).amax(1) * (units >= 0).sum(1)
         plan = plan_ranks(width_U, self.ranks, max_tokens, self.cost)[self.rank]
         taken = [units[micro].flatten() for micro in plan]
         taken = [index[index >= 0] for index in taken]
         return [(index, batch.rows(index) if len(index) else _stand_in(batch, rows)) for index in taken]
+
+    def _packed(
+        self, batch: Batch, rows: Tensor, units: Tensor, max_tokens: int, pack_tokens: int
+    ) -> list[tuple[Tensor, Batch]]:
+        lengths = batch.length_B[units.clamp(min=0)].where(units >= 0, 0).sum(1).tolist()
+        packs = pack(lengths, min(pack_tokens, max_tokens))
+        together = torch.tensor([sum(lengths[i] for i in members) for members in packs], dtype=torch.int64)
+        found = []
+        for micro in plan_ranks(together, self.ranks, max_tokens, self.cost)[self.rank]:
+            if not len(micro):
+                found.append((rows[:0], _stand_in(batch, rows)))
+                continue
+            members = [units[packs[number]].flatten() for number in micro.tolist()]
+            members = [index[index >= 0] for index in members]
+            pack_B = torch.tensor([n for n, index in enumerate(members) for _ in index], device=rows.device)
+            index = torch.cat(members)
+            found.append((index, replace(batch.rows(index), pack_B=pack_B)))
+        return found
 
     def compute(
         self, batch: Batch, max_tokens: int, fields_of: Callable[[Batch], Mapping[str, Tensor]]

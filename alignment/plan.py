@@ -20,8 +20,9 @@ from alignment.models import load_tokenizer
 from alignment.positions import demands, too_long
 from alignment.recipe import ModelConfig, PreferenceStage, Recipe, RewardModelStage, RolloutStage, SftStage, Stage
 from alignment.recipe_folders import missing_folders
-from alignment.recipe_tree import Problem, RecipeError
+from alignment.recipe_tree import Problem, RecipeError, dotted
 from alignment.registry import REGISTRIES
+from alignment.supervision import judgements_of, numbers
 from alignment.types import Prompt
 
 
@@ -93,7 +94,7 @@ def make_plan(recipe: Recipe, hardware: Hardware | None = None) -> Plan:
     """
     model = recipe.located_model()
     data, problems = _data(recipe)
-    problems += missing_folders(recipe)
+    problems += missing_folders(recipe) + _unjudged(recipe, data)
     problems = problems or _lengths(recipe, model, data)
     if problems:
         raise RecipeError(problems)
@@ -159,6 +160,17 @@ def _data(recipe: Recipe) -> tuple[dict[str, Section], list[Problem]]:
         except UserError as error:
             problems += recipe.error(("data", name), str(error).removeprefix(f"data.{name}: ")).problems
     return data, problems
+
+
+def _unjudged(recipe: Recipe, data: Mapping[str, Section]) -> list[Problem]:
+    """Demonstrations without the number that a stage of supervised fine-tuning reads."""
+    problems: list[Problem] = []
+    for place, column in judgements_of(recipe) if "demonstrations" in data else ():
+        try:
+            numbers(data["demonstrations"].prompts, column, dotted(place))
+        except UserError as error:
+            problems += recipe.error(place, str(error).removeprefix(f"{dotted(place)} ")).problems
+    return problems
 
 
 def _lengths(recipe: Recipe, model: ModelConfig, data: Mapping[str, Section]) -> list[Problem]:
@@ -290,7 +302,9 @@ def _components(stage: Stage) -> Iterator[tuple[str, str]]:
     engines = {name: getattr(stage, name) for name in ("sampler", "learner", "cluster", "transport")}
     engines = {name: part for name, part in engines.items() if part is not None}
     if isinstance(stage, SftStage):
-        parts = {"aggregation": stage.aggregation, **engines}
+        parts = {"objective": stage.objective, "aggregation": stage.aggregation, **engines}
+        if (by := stage.conditional) is not None:
+            yield "conditional", f"aligned where {by.score} <= {by.threshold:g}, no control token for {by.drop:.0%}"
     elif isinstance(stage, RewardModelStage):
         parts = {"loss": stage.loss, "head": stage.head, **engines}
     elif isinstance(stage, PreferenceStage):

@@ -8,6 +8,7 @@ from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.entropy_controls import entropy_controls
 from alignment.curricula import curricula, remarks
 from alignment.recipe_checks import Conflict
+from alignment.recipe_control import control_conflicts
 from alignment.recipe_tree import Place
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def refusals(recipe: "Recipe") -> Iterator[Conflict]:
-    """Curricula that cannot be in one list, and replay that nothing corrects."""
+    """Curricula that cannot be in one list, replay that nothing corrects, and control tokens that cannot work."""
+    yield from control_conflicts(recipe)
     for index, stage in enumerate(recipe.stages):
         if stage.stage in ("sft", "reward_model") or not stage.samples:
             continue

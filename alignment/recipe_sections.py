@@ -148,6 +148,13 @@ class Lora(Section):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
+class Control(Section):
+    """Tokens for conditional training: prompts are played with ``aligned`` behind them, and neither is ever sampled."""
+
+    aligned: Annotated[str, Field(min_length=2)] = "<|aligned|>"
+    misaligned: Annotated[str, Field(min_length=2)] = "<|misaligned|>"
+
+
 def beside_or_here(path: str, beside: Path) -> Path | None:
     """``path`` in full: in ``beside``, the recipe's folder, or else in the working directory; None if in neither."""
     places = [folder / Path(path).expanduser() for folder in (beside, Path.cwd())]
@@ -177,6 +184,8 @@ class ModelConfig(Section):
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """A Jinja file, looked for as ``path`` is, in place of the tokenizer's own; base models have none."""
     build: Build | None = None
+    control: Control | None = None
+    """Control tokens, which the model is given where it has them not yet."""
     lora: Lora | None = None
 
     def located(self, beside: Path) -> "ModelConfig":
@@ -297,9 +306,11 @@ class Sampling(Section):
     allow_truncated_sampling: bool = False
     """Permits top_p and top_k in training although the policy gradient is then biased."""
 
-    def params(self, stop_ids: tuple[int, ...] = ()) -> SamplingParams:
+    def params(self, stop_ids: tuple[int, ...] = (), banned_ids: tuple[int, ...] = ()) -> SamplingParams:
         """The sampler's parameters."""
-        return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, stop_ids)
+        return SamplingParams(
+            self.max_tokens, self.temperature, self.top_p, self.top_k, stop_ids, banned_ids=banned_ids
+        )
 
 
 class EvaluationSampling(Sampling):

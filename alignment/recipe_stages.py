@@ -10,6 +10,7 @@ from alignment.algorithms.advantages import Gae
 from alignment.algorithms.aggregations import Aggregation, aggregations
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.decodings import Decoding
+from alignment.algorithms.imitations import Imitation, imitations
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.values import Truncation
 from alignment.critics import Critic, critics
@@ -27,6 +28,17 @@ from alignment.registry import component
 from alignment.types import Group, SamplingParams
 
 
+class Conditional(Section):
+    """Each demonstration stands behind a control token of ``model.control``, by its score."""
+
+    score: Annotated[str, Field(min_length=1)]
+    """Column of the score; less is better."""
+    threshold: float
+    """Largest score of a demonstration that stands behind the aligned token."""
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Probability that one stands behind no token."""
+
+
 class SftStage(Section):
     """Supervised fine-tuning on ``data.demonstrations``."""
 
@@ -35,6 +47,12 @@ class SftStage(Section):
     steps: Count
     batch_size: Count = 32
     """Demonstrations in a step."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """What is learned of each: what the assistant says, or the prompt and everything else as well."""
+    objective: Annotated[Imitation, component(imitations)] = default(imitations, "likelihood")
+    """What a demonstration counts for: all the same, or by what it was judged to be worth."""
+    conditional: Conditional | None = None
+    """Conditional training."""
     aggregation: Annotated[Aggregation, component(aggregations)] = default(aggregations, "token_mean")
     sampler: Annotated[SamplerConfig, component(samplers)] = default(samplers, "transformers")
     """Evaluates."""
@@ -78,9 +96,9 @@ class SftStage(Section):
         """No model beside the policy."""
         return {}
 
-    def objective(self) -> Objective:
-        """The negative log-likelihood."""
-        return Objective.supervised(self.aggregation)
+    def supervision(self) -> Objective:
+        """What the learner minimises: the objective's loss, which weights of demonstrations multiply."""
+        return Objective.supervised(self.aggregation, self.objective.policy_loss)
 
 
 class OnlineStage(RolloutStage):

@@ -77,6 +77,8 @@ class Player:
     environment: Environment
     max_prompt_tokens: int
     check: Callable[[], None] = lambda: None
+    cue: tuple[int, ...] = ()
+    """Tokens behind every prompt: the control token of aligned completions."""
     playing: dict[str, tuple[_Episode, "Playing", "Player"]] = field(default_factory=dict)
     """Every episode that waits for a completion, by the id of its request; shared by all players of the sampler."""
     finished: list["Playing"] = field(default_factory=list)
@@ -113,7 +115,7 @@ class Player:
         Raises:
             UserError: It has more than ``max_prompt_tokens`` tokens.
         """
-        return open_episode(self.environment, self.tokenizer, self.max_prompt_tokens, prompt)[1]
+        return open_episode(self.environment, self.tokenizer, self.max_prompt_tokens, prompt)[1] + self.cue
 
     def pump(self, timeout_s: float | None = None) -> None:
         """Takes in what the sampler has finished, as :meth:`Sampler.poll` says, and asks for the turns that follow."""
@@ -212,6 +214,7 @@ def _start(
 ) -> list[_Episode]:
     """The episodes of one prompt, which share its tokens."""
     state, ids = open_episode(player.environment, player.tokenizer, player.max_prompt_tokens, prompt)
+    ids += player.cue
     return [_Episode(f"{name}.{i}", prompt, ids, state, keyed_seed(seed, uid, i), p) for i, p in enumerate(params)]
 
 

@@ -37,6 +37,7 @@ from alignment.reward_modelling import train_reward_models, write_members
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
+from alignment.supervision import check_supervised
 from alignment.trackers import make_sinks
 from alignment.types import TrainState, keyed_seed
 
@@ -124,6 +125,7 @@ def _run(
         model = origin.make(weights=any(_needs_weights(stage) for stage in recipe.stages))
         data = load_data(recipe, model, scorer)
         check_demonstrations(recipe, data)
+        check_supervised(recipe, data, model)
         check_pairs(recipe, data, max_positions(model.module))
         if problems := too_long(recipe, max_positions(model.module), data.longest):
             raise RecipeError(problems)

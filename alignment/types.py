@@ -69,6 +69,8 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     tilt: tuple[float, ...] = ()
     """Strength of each model that the sampler's decoding steers with; empty: the policy's own distribution."""
+    banned_ids: tuple[int, ...] = ()
+    """Tokens that are never sampled; log-probabilities are those without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class Rollout:
         plain["versions"] = tuple(tuple(run) for run in plain["versions"])
         plain["turns"] = tuple(tuple(turn) for turn in plain["turns"])
         sampling = dict(plain["sampling"])
-        lists = {name: tuple(sampling.get(name, ())) for name in ("stop_ids", "tilt")}
+        lists = {name: tuple(sampling.get(name, ())) for name in ("stop_ids", "tilt", "banned_ids")}
         plain["sampling"] = SamplingParams(**{**sampling, **lists})
         plain["scores"] = {name: Score(**score) for name, score in plain["scores"].items()}
         return cls(**plain)
@@ -189,16 +191,13 @@ class Group:
 class Batch:
     """The tensors of one update; ``algorithms`` fill in those after the record itself. None means absent."""
 
-    ids_BT: Tensor
-    """int64, right-padded."""
+    ids_BT: Tensor  # int64, right-padded
     loss_mask_BT: Tensor
     """bool: tokens that are trained on. All False for unscored rows."""
     length_B: Tensor
     """int64: tokens of the row, prompt included; the rest is padding."""
-    group_B: Tensor
-    """int64: rows of one group share a number."""
-    source_B: Tensor
-    """int8, index into :data:`SOURCES`."""
+    group_B: Tensor  # int64: rows of one group share a number
+    source_B: Tensor  # int8, index into :data:`SOURCES`
     ratio_base_B: Tensor
     """int8, index into :data:`RATIO_BASES`: what the importance ratio divides by."""
     temperature_B: Tensor
@@ -207,12 +206,10 @@ class Batch:
     """float32: the sampler's, 0 where the token was not sampled."""
     rewards_BK: Tensor
     """float32, NaN where a component does not apply or failed."""
-    weights_K: Tensor
-    """float32: the recipe's fixed weight of each component."""
+    weights_K: Tensor  # float32: the recipe's fixed weight of each component
     scored_B: Tensor
     """bool: rows that may be trained on and that count in baselines."""
-    truncated_B: Tensor
-    """bool: ended by the length limit."""
+    truncated_B: Tensor  # bool: ended by the length limit
     key_B: Tensor
     """int64: a stable key of the rollout, for random choices keyed by (seed, step, rollout, token)."""
     side_B: Tensor | None = None
@@ -243,6 +240,7 @@ class Batch:
     nll_scale_BT: Tensor | None = None
     value_scale_BT: Tensor | None = None
     """float32: as ``scale_BT``, of the negative log-likelihood of correct rollouts and of the value loss."""
+    pack_B: Tensor | None = None  # int64, set per micro-batch: rows of one number stand end to end in the forward pass
     pair_scale_B: Tensor | None = None
     row_scale_B: Tensor | None = None
     """float32, set per mini-batch of preferences: one over its pairs, and over its compared rows."""

@@ -43,8 +43,8 @@ def with_data(folder: Path, part: str) -> Recipe:
 
 
 def test_the_page_has_what_this_test_follows():
-    assert set(FILES) == {"train.jsonl", "recipe.yaml", "run", "prompts.jsonl", "solved.jsonl", "pairs.jsonl"}
-    assert len(PARTS) == 4
+    rows = {f"{name}.jsonl" for name in ("train", "prompts", "solved", "pairs", "dialogues")}
+    assert set(FILES) == rows | {"recipe.yaml", "run"} and len(PARTS) == 5
     assert len(re.findall("^```(yaml|console|jsonl|python)", PAGE, re.M)) == len(FILES) + len(PARTS)
 
 
@@ -78,6 +78,8 @@ def test_what_the_rows_become(folder):
     asked = [{"role": "user", "content": "What is 6 times 7?"}]
     assert first(openrlhf, "train") == {"prompt": asked, "answer": "42", "datasource": "tables"}
     assert first(openrlhf, "demonstrations", 1)["completion"] == "2"
+    dialogues = with_data(folder, PARTS[3])
+    assert [len(first(dialogues, "demonstrations", i)["completion"]) for i in range(2)] == [3, 3]
     pair = first(openrlhf, "preferences")
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (
         [{"role": "user", "content": "Hi"}],

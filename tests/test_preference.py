@@ -90,6 +90,21 @@ def test_every_loss_teaches_the_preferred_side(tmp_path, loss):
     }
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_packing_changes_nothing(tmp_path, loss):
+    """Though the sides of one pair stand beside those of others."""
+    found = []
+    for packing in (False, True):
+        learner = {"name": "torch", "lr": 1e-2, "packing": packing, "pack_tokens": 24, "micro_batch_tokens": 60}
+        changes = {"run": {"name": f"packing-{packing}"}}
+        path = recipe(tmp_path, given(losses=[loss], learner=learner), **changes)
+        found.append([line for line in lines(trained(path)["folder"]) if line["kind"] == "train"])
+    for alone, packed in zip(*found, strict=True):
+        assert packed.keys() == alone.keys()
+        for name in ("loss", "margin", "grad_norm"):
+            assert packed[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5)
+
+
 def test_every_registered_loss_is_among_those():
     assert {entry.name for entry in preference_losses} == {*LOSSES, "nll"}
 

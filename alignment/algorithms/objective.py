@@ -81,9 +81,18 @@ class Objective:
         )
 
     @classmethod
-    def supervised(cls, aggregation: Aggregation = TokenMean()) -> Self:  # noqa: B008 - frozen
-        """Negative log-likelihood of the trained tokens: REINFORCE at advantage 1 and ratio base ``self``."""
-        return cls(policy_loss=Reinforce(), aggregation=aggregation, imitate=True)
+    def supervised(
+        cls,
+        aggregation: Aggregation = TokenMean(),  # noqa: B008 - frozen
+        policy_loss: PolicyLoss = Reinforce(),  # noqa: B008 - frozen
+    ) -> Self:
+        """Negative log-likelihood of the trained tokens: REINFORCE at advantage 1 and ratio base ``self``.
+
+        Args:
+            aggregation: Of tokens.
+            policy_loss: Another loss of imitated tokens (:mod:`alignment.algorithms.imitations`).
+        """
+        return cls(policy_loss=policy_loss, aggregation=aggregation, imitate=True)
 
     def needs(self, *, staleness: int = 0) -> frozenset[str]:
         """What must be annotated before :meth:`prepare`.

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from alignment.control import control_ids
+from alignment.data.demonstrations import Shown, Tokens, encode_demonstrations
 from alignment.data.rows import shown
-from alignment.data.sides import PAIRED, Tokens, demonstration, pair_of, side_fault, too_long
+from alignment.data.sides import PAIRED, demonstration, pair_of, side_fault, too_long
 from alignment.data.sources import describe
 from alignment.environments import Environment
 from alignment.errors import UserError
@@ -97,13 +99,15 @@ class LoadedData:
     held_out: Sequence[Prompt] = ()
     demonstrations: Mapping[str, list[Rollout]] = field(default_factory=dict)
     """By the :attr:`~alignment.types.Prompt.key` of the prompt that they answer."""
+    demonstrated: Mapping[str, Prompt] = field(default_factory=dict)
+    """The row of each demonstration, by its id."""
     preferences: Sequence[Group] = ()
     """Pairs: the preferred completion first."""
     held_out_preferences: Sequence[Group] = ()
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """:meth:`Section.report` of each section."""
     longest: Mapping[str, int] = field(default_factory=dict)
-    """Tokens of the longest prompt of each section whose prompts are played."""
+    """Tokens of the longest prompt of each section whose prompts are played, with a control token behind it."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -125,7 +129,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
     demonstrations: dict[str, list[Rollout]] = {}
     pairs: dict[str, list[Group]] = {}
     longest: dict[str, int] = {}
-    eos_id = stop_ids(model.tokenizer, model.module)[0]
+    stops, cue = stop_ids(model.tokenizer, model.module), control_ids(model.tokenizer, model.module)[:1]
     for name in SECTIONS:
         section = read_section(recipe, name)
         if section is None:
@@ -133,18 +137,19 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         if name in ("train", "eval"):
             section = section.set_aside(_missing_columns(section.prompts, scorer))
             section = section.set_aside(scorer.faults(section.prompts))
-        section, tokens, sides = _encoded(section, played(recipe, name), model.tokenizer)
+        section, tokens, opened = _encoded(section, played(recipe, name), model.tokenizer)
+        section, sides = _sides(section, tokens, opened, model.tokenizer, stops)
         section = section.set_aside(too_long(p, sides, recipe.data.max_completion_tokens) for p in section.prompts)
         section = accepted(section, recipe.data.on_bad_row)
         if tokens:
             section = section.fitting([len(tokens[p.id]) for p in section.prompts], recipe.data.max_prompt_tokens)
-            longest[name] = max(len(tokens[p.id]) for p in section.prompts)
+            longest[name] = max(len(tokens[p.id]) for p in section.prompts) + len(cue)
         for prompt in section.prompts if name == "demonstrations" else ():
-            rollout = demonstration(prompt, tokens[prompt.id], (*sides["completion"][prompt.id], eos_id))
+            rollout = demonstration(prompt, tokens[prompt.id] + cue, sides["completion"][prompt.id])
             demonstrations.setdefault(prompt.key, []).append(rollout)
         if name.endswith("preferences"):
             pairs[name] = [
-                pair_of(i, prompt, tokens[prompt.id], sides, eos_id) for i, prompt in enumerate(section.prompts)
+                pair_of(i, prompt, tokens[prompt.id] + cue, sides) for i, prompt in enumerate(section.prompts)
             ]
         sections[name] = section
         _say(section)
@@ -153,6 +158,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
         train=prompts.get("train", ()),
         held_out=prompts.get("eval", ()),
         demonstrations=demonstrations,
+        demonstrated={prompt.id: prompt for prompt in prompts.get("demonstrations", ())},
         preferences=pairs.get("preferences", ()),
         held_out_preferences=pairs.get("eval_preferences", ()),
         report={name: section.report() for name, section in sections.items()},
@@ -244,30 +250,45 @@ def _missing_columns(prompts: Sequence[Prompt], scorer: "Scorer") -> list[str | 
 
 def _encoded(
     section: Section, environments: Sequence[Environment], tokenizer: Tokenizer
-) -> tuple[Section, dict[str, Tokens], dict[str, dict[str, Tokens]]]:
-    """The tokens of prompts, in the environment that shows the most, and of completions, by column and prompt id.
+) -> tuple[Section, dict[str, Tokens], dict[str, str | Messages]]:
+    """The tokens of prompts in the environment that shows the most, and what the last one shows, by prompt id.
 
     Rows that cannot be encoded are set aside. Without environments there are no tokens.
     """
     longest: dict[str, Tokens] = {}
+    last: dict[str, str | Messages] = {}
     known: list[Any] = []
     for environment in environments:
         opened = [environment.reset(prompt.row)[1] for prompt in section.prompts]
         if opened in known:  # as a rule all environments show the same
             continue
         known.append(opened)
+        last = {prompt.id: text for prompt, text in zip(section.prompts, opened, strict=True)}
         section, tokens = _with_tokens(section, opened, tokenizer)
         longest = {name: max(longest.get(name, ()), ids, key=len) for name, ids in tokens.items()}
-    sides: dict[str, dict[str, Tokens]] = {}
+    return section, longest, last
+
+
+def _sides(
+    section: Section,
+    tokens: Mapping[str, Tokens],
+    opened: Mapping[str, str | Messages],
+    tokenizer: Tokenizer,
+    stops: Sequence[int],
+) -> tuple[Section, dict[str, dict[str, Shown]]]:
+    """What somebody wrote after the prompts, by column and prompt id; rows that cannot be encoded are set aside."""
+    sides: dict[str, dict[str, Shown]] = {}
     for column in NEEDED.get(section.name, ()):
         section = section.set_aside(side_fault(prompt, column) for prompt in section.prompts)
-        section, sides[column] = _with_tokens(section, [p.row[column] for p in section.prompts], tokenizer)
+        rows = [(opened[p.id], tokens[p.id], p.row[column]) for p in section.prompts]
+        found = encode_demonstrations(rows, tokenizer, stops)
+        prompts = section.prompts
+        sides[column] = {p.id: each for p, each in zip(prompts, found, strict=True) if isinstance(each, Shown)}
+        section = section.set_aside(each if isinstance(each, str) else None for each in found)
     if section.name.endswith("preferences"):
-        section = section.set_aside(
-            "'chosen' and 'rejected' are the same tokens" if sides["chosen"][p.id] == sides["rejected"][p.id] else None
-            for p in section.prompts
-        )
-    return section, longest, sides
+        same = (sides["chosen"][p.id].token_ids == sides["rejected"][p.id].token_ids for p in section.prompts)
+        section = section.set_aside("'chosen' and 'rejected' are the same tokens" if equal else None for equal in same)
+    return section, sides
 
 
 def _with_tokens(

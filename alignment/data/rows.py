@@ -1,7 +1,8 @@
 """Rows of other people's files become rows of ours: columns are renamed, prompts built, and bad rows named.
 
 A row of ours has a ``prompt``, text or chat messages, and may have ``answer`` (for rewards), ``completion`` (for
-demonstrations), ``chosen`` and ``rejected`` (for preferences) and ``id``. All its other columns stay as they were.
+demonstrations, text or messages), ``chosen`` and ``rejected`` (for preferences) and ``id``; ``messages``, a whole
+dialogue, stands for a prompt and a completion. All its other columns stay as they were.
 """
 
 import re
@@ -57,6 +58,7 @@ class Columns:
         if missing:
             return row, missing
         _split_dialogues(row)
+        _split_messages(row, self.template is None)
         if self.template is not None:
             row["prompt"], faults = fill(self.template, row, raw)
             if faults:
@@ -206,6 +208,21 @@ def _split_dialogues(row: dict[str, Any]) -> None:
         row["prompt"], row["chosen"], row["rejected"] = chosen[:start], chosen[start:], rejected[start:]
 
 
+def _split_messages(row: dict[str, Any], alone: bool) -> None:
+    """A dialogue in a row without a prompt: up to the assistant's first message is the prompt, the rest what it says
+    and hears. ``alone``: no template makes the prompt."""
+    messages = _without_nulls(row.get("messages"))
+    if not alone or {"prompt", "completion", "chosen", "rejected"} & row.keys() or not _are_messages(messages):
+        return
+    prompt = [*takewhile(lambda message: message["role"] != "assistant", messages)]
+    if not prompt:
+        return
+    del row["messages"]
+    row["prompt"] = prompt
+    if rest := messages[len(prompt) :]:
+        row["completion"] = rest
+
+
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
@@ -235,7 +252,9 @@ def _shorten_sides(row: dict[str, Any]) -> None:
 
 
 def _faults(row: Mapping[str, Any]) -> Iterator[str]:
-    if "prompt" not in row:
+    if "prompt" not in row and isinstance(row.get("messages"), list):
+        yield "'messages' must be messages {role, content} of which the first is not the assistant's; or name 'prompt'"
+    elif "prompt" not in row:
         yield f"has no 'prompt'; its columns are {', '.join(row) or 'none'}: name the right one in field_map"
     elif not _is_text(row["prompt"]) and not _are_messages(row["prompt"]):
         yield "'prompt' must be text or a list of messages {role, content}, and not empty"
@@ -243,8 +262,8 @@ def _faults(row: Mapping[str, Any]) -> Iterator[str]:
         yield "'prompt' is blank"
     if "answer" in row and row["answer"] is None:
         yield "'answer' is null; leave the column out of rows without one"
-    if "completion" in row and not _is_text(row["completion"]):
-        yield "'completion' must be text, and not empty"
+    if "completion" in row:
+        yield from _side_faults(row, "completion")
     there = [name for name in ("chosen", "rejected") if name in row]
     for name in there:
         yield from _side_faults(row, name)
@@ -264,6 +283,8 @@ def _side_faults(row: Mapping[str, Any], name: str) -> Iterator[str]:
         yield f"{name!r} is a list of messages but 'prompt' is text; set chat: true"
     elif side[0]["role"] != "assistant":
         yield f"{name!r} goes on with a message of the {side[0]['role']!r}; after the prompt comes the assistant's"
+    elif name == "completion" and side[-1]["role"] != "assistant":
+        yield f"{name!r} ends with a message of the {side[-1]['role']!r}, after which nothing is learned; take it out"
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.engines.cpu import checkpoint_contexts, float32_attention
-from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.learner_config import LearnerOptions, TorchLearnerConfig
 from alignment.engines.logprobs import LogProbs
 from alignment.engines.optimizer import HEAD, AdamW, Slot
 from alignment.partition import Share
@@ -126,7 +126,7 @@ class OneProcess:
     def __init__(
         self, module: nn.Module, config: TorchLearnerConfig, head: nn.Module | None = None, plain: bool = False
     ) -> None:
-        self.config, self.share = config, Share()
+        self.config, self.share = config, Share(pack_tokens=packs_of(config, plain))
         name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.device = torch.device(name)
         self.module = module.to(self.device).eval()
@@ -135,7 +135,7 @@ class OneProcess:
         self.autocast = config.autocast == "bfloat16"
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, self.autocast)
         self._forward: Callable[..., Any] = (
-            module if plain else LogProbs(module, config.logits_chunk_mb, self.autocast, self.head)
+            module if plain else LogProbs(module, config.logits_chunk_mb, self.autocast, self.head, config.packing)
         )
         self._frozen: str | None = None
 
@@ -201,6 +201,11 @@ class OneProcess:
 
     def close(self) -> None:
         """There is nothing to end."""
+
+
+def packs_of(config: LearnerOptions, plain: bool) -> int | None:
+    """How many tokens of rows the policy reads end to end; None where each row stays alone, as in other models."""
+    return config.pack_tokens if config.packing and not plain else None
 
 
 def trained_of(module: nn.Module, head: nn.Module | None = None) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from alignment.models import Model
 from alignment.registry import Registry, option
@@ -103,6 +103,8 @@ transports: Registry[TransportConfig] = Registry("transports", TransportConfig, 
 class TransformersSamplerConfig:
     """Samples in this process from the very weights that are trained: batched, with a key-value cache."""
 
+    bans: ClassVar[bool] = True
+    """It heeds ``SamplingParams.banned_ids``."""
     batch_rows: Annotated[int, option("completions decoded together; bounds the cache's memory", unit="rows", ge=1)] = (
         256
     )

@@ -22,6 +22,7 @@ from alignment.engines.backend import (
     has_fresh_adapter,
     head_lr_ratio,
     own_weights,
+    packs_of,
     policy_only,
     replaced,
     squared_distance,
@@ -77,9 +78,9 @@ class ZeroBackend:
         if head is not None:
             self.dtypes |= {HEAD + name: tensor.dtype for name, tensor in head.named_parameters()}
         """How weights are written: as the model was made, or in float32 if they are trained so."""
-        self.share = Share(dist.get_rank(), config.ranks, cost_of(module))
+        self.share = Share(dist.get_rank(), config.ranks, cost_of(module), packs_of(config, plain))
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, autocast=False)
-        network = module if plain else _Policy(module, config.logits_chunk_mb, head)
+        network = module if plain else _Policy(module, config.logits_chunk_mb, head, config.packing)
         self.adamw = adamw_over(self.trained, config, head_lr_ratio(head))
         prepare_deepspeed()
         options = engine_options(config, list(self.trained.values()))
@@ -249,10 +250,10 @@ _CPU = torch.device("cpu")
 class _Policy(nn.Module):
     """Log-probabilities as a module, so that DeepSpeed sees where each weight is used."""
 
-    def __init__(self, module: nn.Module, chunk_mb: float, head: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module, chunk_mb: float, head: nn.Module | None, packing: bool) -> None:
         super().__init__()
         self.module, self.head = module, head
-        self.logprobs = _ScoringLogProbs(module, chunk_mb, head)
+        self.logprobs = _ScoringLogProbs(module, chunk_mb, head, packing)
         self.scorer = self.logprobs.scorer
 
     def forward(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Any, ...]:
@@ -262,8 +263,8 @@ class _Policy(nn.Module):
 class _ScoringLogProbs(LogProbs):
     """Scores hidden states inside a module that holds the output embeddings: at stage 3 they are whole only there."""
 
-    def __init__(self, module: nn.Module, chunk_mb: float, value_head: nn.Module | None) -> None:
-        super().__init__(module, chunk_mb, value_head=value_head)
+    def __init__(self, module: nn.Module, chunk_mb: float, value_head: nn.Module | None, packing: bool) -> None:
+        super().__init__(module, chunk_mb, value_head=value_head, packing=packing)
         self._plain_head = super().plain_head  # before DeepSpeed hooks onto it
         self.scorer = _Scorer(self)
 

@@ -132,6 +132,12 @@ class LearnerOptions:
     micro_batch_tokens: Annotated[
         int, option("most tokens of one forward and backward pass, padding included", unit="tokens", ge=1)
     ] = 16384
+    packing: Annotated[
+        bool, option("the policy reads several rows end to end in one, which saves padding; no row sees another")
+    ] = False
+    pack_tokens: Annotated[
+        int, option("most tokens of such a row, with packing; one that is longer stays alone", unit="tokens", ge=1)
+    ] = 4096
     logits_chunk_mb: Annotated[
         float, option("most memory of the logits over the vocabulary that exist at once", unit="MiB", gt=0)
     ] = 128.0

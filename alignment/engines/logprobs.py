@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignment.engines.chunked_head import ChunkedHead
+from alignment.engines.packing import Layout, check_packing
 from alignment.types import Batch
 
 log = logging.getLogger(__name__)
@@ -49,18 +50,30 @@ class LogProbs:
         chunk_mb: Most memory, in MiB, of the logits that exist at once, or those of one token if they alone take more.
         autocast: Whether matrix products run in bfloat16. The softmax is in float32 either way.
         value_head: Called with hidden states and tokens where values are asked for as well.
+        packing: Whether batches may have ``pack_B``.
+
+    Raises:
+        UserError: ``packing``, and the model does not keep rows apart that stand end to end.
 
     Attributes:
         slow_reason: Why the model's own full logits are used (more memory), or None where they are not.
     """
 
     def __init__(
-        self, module: nn.Module, chunk_mb: float, autocast: bool = False, value_head: nn.Module | None = None
+        self,
+        module: nn.Module,
+        chunk_mb: float,
+        autocast: bool = False,
+        value_head: nn.Module | None = None,
+        packing: bool = False,
     ) -> None:
         self.module, self.chunk_mb, self.autocast, self.value_head = module, chunk_mb, autocast, value_head
         inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
         self.body: nn.Module = inner.base_model
         self.head: nn.Module | None = inner.get_output_embeddings()
+        if packing:
+            with torch.no_grad(), evaluating(module):
+                check_packing(self.body, type(inner).__name__)
         self.slow_reason = _why_not_split(module, self.body, self.head)
         if self.slow_reason is not None:
             log.warning(
@@ -81,7 +94,8 @@ class LogProbs:
     def __call__(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Any, ...]:
         """``logp_BT`` and ``entropy_BT`` (None for ``"none"``), float32, 0 where ``loss_mask_BT`` is False.
 
-        Rows are right-padded, so under causal attention no real token sees padding and positions count from 0.
+        Rows are right-padded, so under causal attention no real token sees padding and positions count from 0. Rows
+        that ``pack_B`` puts end to end give the same numbers: :class:`alignment.engines.packing.Layout`.
 
         Args:
             batch: On the model's device.
@@ -92,21 +106,29 @@ class LogProbs:
         row_N, previous_N = batch.loss_mask_BT[:, 1:].nonzero(as_tuple=True)
         token_N = batch.ids_BT[row_N, previous_N + 1]
         temperature_N = batch.temperature_B[row_N]
+        layout = None
+        if batch.pack_B is not None:
+            layout = Layout.of(batch.ids_BT, batch.length_B, batch.pack_B, self.body)
         # The last token predicts nothing that is trained on, though it has a value. No mask: causal attention hides the
         # padding on the right.
         inputs = {"input_ids": batch.ids_BT if values else batch.ids_BT[:, :-1], "use_cache": False}
+        place_N = (row_N, previous_N)
+        if layout is not None:
+            inputs, place_N = inputs | layout.inputs, layout.place(row_N, previous_N)
         device, output = batch.ids_BT.device.type, None
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
             hidden_BTH = None if self.slow_reason and not values else self.body(**inputs).last_hidden_state
             if self.slow_reason is not None:
-                logits_NV = self.module(**inputs).logits[row_N, previous_N]
+                logits_NV = self.module(**inputs).logits[place_N]
                 parts = [_score(logits_NV, token_N, temperature_N, entropy)]
             else:
                 assert hidden_BTH is not None
-                parts = list(self.score_hidden(hidden_BTH[row_N, previous_N], token_N, temperature_N, entropy))
+                parts = list(self.score_hidden(hidden_BTH[place_N], token_N, temperature_N, entropy))
             if values:
                 assert self.value_head is not None, "it was made without a value head"
-                output = self.value_head(hidden_BTH, batch.ids_BT)
+                assert hidden_BTH is not None
+                apart_BTH = hidden_BTH if layout is None else layout.apart(hidden_BTH)
+                output = self.value_head(apart_BTH, batch.ids_BT)
         logp_N = torch.cat([logp for logp, _ in parts])
         empty_BT = torch.zeros(batch.ids_BT.shape, device=logp_N.device)
         logp_BT, entropy_BT = empty_BT.index_put((row_N, previous_N + 1), logp_N), None

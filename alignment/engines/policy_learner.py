@@ -103,7 +103,7 @@ class PolicyLearner:
                     )
             for role in self.roles.values():
                 if needs & set(role.provides) and role is not self.roles.head:
-                    fields |= share.compute(moved, budget, role.annotate)
+                    fields |= role.backend.share.compute(moved, budget, role.annotate)
         fields = self.backend.assembled(fields)
         return replace(batch, **{name: value.to(batch.ids_BT.device) for name, value in fields.items()})
 
@@ -185,7 +185,7 @@ class PolicyLearner:
         batch, last_B = prompt_batch(prompts), torch.tensor([len(ids) - 1 for ids in prompts])
         role, budget = self.roles.named(name), self.config.micro_batch_tokens
         with torch.no_grad(), evaluating(*self._modules()), role.backend.computing():
-            fields = self.backend.share.compute(batch.to(self.device), budget, role.annotate)
+            fields = role.backend.share.compute(batch.to(self.device), budget, role.annotate)
         return self.backend.assembled(fields)["values_BT"].to("cpu")[torch.arange(len(prompts)), last_B]
 
     def fit(self, name: str, prompts: Sequence[Sequence[int]], targets: Tensor) -> dict[str, float]:

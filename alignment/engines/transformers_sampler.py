@@ -31,9 +31,9 @@ class TransformersSampler:
 
     The module is shared with the learner: publishing new weights is stamping ``version``.
 
-    Log-probabilities are those of the distribution that was sampled: ``log_softmax(logits / temperature)``, restricted
-    to ``top_k`` and then ``top_p`` and renormalised, in float32. Temperature 0 takes the most likely token; its
-    distribution is a point mass, so its log-probability is 0.
+    Log-probabilities are those of the distribution that was sampled: ``log_softmax(logits / temperature)``, without
+    banned tokens, restricted to ``top_k`` and then ``top_p`` and renormalised, in float32. Temperature 0 takes the most
+    likely token; its distribution is a point mass, so its log-probability is 0.
 
     Args:
         module: The model; its device is where decoding happens.
@@ -118,8 +118,8 @@ class _Chunk:
         self.top_k_M = self._tensor([p.top_k for p in params])
         self.top_p_M = self._tensor([p.top_p for p in params], torch.float32)
         self.truncates = any(p.top_k > 0 or p.top_p < 1.0 for p in params)
-        width = max(len(p.stop_ids) for p in params)
-        self.stop_MS = self._tensor([[*p.stop_ids, *[-1] * (width - len(p.stop_ids))] for p in params])
+        self.stop_MS = self._tensor(_filled([p.stop_ids for p in params]))
+        self.banned_MS = self._tensor(_filled([p.banned_ids for p in params]))
         self.row_M = torch.arange(len(requests), device=self.device)
         self.uniform_NL = torch.from_numpy(_uniforms(requests, longest)).to(self.device)
         self.token_NL = torch.zeros(len(requests), longest, dtype=torch.int64, device=self.device)
@@ -200,6 +200,9 @@ class _Chunk:
         if self.steered is not None:
             last_M = self.token_NL[self.row_M, max(0, self.generated - 1)]
             logits_MV = self.steered(logits_MV, [self._steered_row(n) for n in self.row_M.tolist()], last_M)
+        if self.banned_MS.shape[1]:
+            row_N, column_N = (self.banned_MS >= 0).nonzero(as_tuple=True)
+            logits_MV = logits_MV.index_put((row_N, self.banned_MS[row_N, column_N]), logits_MV.new_tensor(-torch.inf))
         if self.truncates:
             logits_MV = truncate(logits_MV, self.temperature_M, self.top_k_M, self.top_p_M)
         token_M, logp_M = draw(logits_MV, self.temperature_M, uniform_M)
@@ -241,12 +244,27 @@ class _Chunk:
 
     def _keep(self, keep: Tensor) -> None:
         """Leaves only the rows with these indices in the batch."""
-        for name in ("row_M", "max_tokens_M", "temperature_M", "top_k_M", "top_p_M", "stop_MS", "position_M"):
+        for name in (
+            "row_M",
+            "max_tokens_M",
+            "temperature_M",
+            "top_k_M",
+            "top_p_M",
+            "stop_MS",
+            "banned_MS",
+            "position_M",
+        ):
             setattr(self, name, getattr(self, name)[keep])
         if self.mask_MT is not None:
             self.mask_MT = self.mask_MT[keep]
         if len(keep) and self.cache is not None:
             self.cache.batch_select_indices(keep)
+
+
+def _filled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Tokens of each row, filled up with -1."""
+    width = max(map(len, rows))
+    return [[*row, *[-1] * (width - len(row))] for row in rows]
 
 
 def truncate(logits_MV: Tensor, temperature_M: Tensor, top_k_M: Tensor, top_p_M: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class VllmSamplerConfig:
     """
 
     needs_module: ClassVar[bool] = False
+    bans: ClassVar[bool] = True
+    """It heeds ``SamplingParams.banned_ids``."""
 
     engines: Annotated[
         int, option("copies of the model that share the requests; more than one needs a cluster", ge=1)

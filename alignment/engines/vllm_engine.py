@@ -244,5 +244,7 @@ def _parameters(request: Request) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
+        # Tokens, where the public ``bad_words`` takes texts and wants a tokenizer, which the engine has not.
+        _bad_words_token_ids=[[i] for i in p.banned_ids] or None,
         extra_args={PARAMETER: list(p.tilt)} if any(p.tilt) else None,
     )

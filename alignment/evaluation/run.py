@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.algorithms.decodings import Decoding, decodings
+from alignment.control import control_ids
 from alignment.durable import digest
 from alignment.engines.config import Site, TransformersSamplerConfig
 from alignment.engines.reranking import build_sampler
@@ -75,6 +76,7 @@ class Work:
 
     player: Player
     stop_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
     tilt: tuple[float, ...]
     seed: int
     batch_rows: int
@@ -105,7 +107,10 @@ def evaluate_checkpoint(options: Options, progress: Progress) -> dict[str, Any]:
         model = open_checkpoint(options.checkpoint, options.dtype)
         config = TransformersSamplerConfig(batch_rows=options.batch_rows)
         sampler = build_sampler(config, Site(model, decoding=options.decoding), None)
+        control = control_ids(model.tokenizer, model.module)
         positions = longest_row(model, options.decoding)
+        if positions is not None:
+            positions -= len(control[:1])
         prepared = [
             prepare(one, dataset, scorers[one.name], model.tokenizer, positions, options.selection)
             for one, dataset in loaded
@@ -114,10 +119,10 @@ def evaluate_checkpoint(options: Options, progress: Progress) -> dict[str, Any]:
         store = stack.enter_context(open_store(options.folder, config))
         stack.enter_context(progress)
         check = _checking(stop, progress)
-        player = Player(sampler, model.tokenizer, SingleTurn(), max(p.longest for p in prepared), check)
+        player = Player(sampler, model.tokenizer, SingleTurn(), max(p.longest for p in prepared), check, control[:1])
         ids = stop_ids(model.tokenizer, model.module)
         tilt = () if options.decoding is None else options.decoding.tilt
-        work = Work(player, ids, tilt, options.seed, options.batch_rows, store, progress)
+        work = Work(player, ids, control, tilt, options.seed, options.batch_rows, store, progress)
         return {**_run(work, prepared, scorers, stop), "folder": str(options.folder)}
 
 
@@ -156,7 +161,7 @@ def _measure(
 ) -> list[Record]:
     """All records of a benchmark: those that are done and the rest, which is sampled and scored chunk by chunk."""
     chosen, records = prepared.chosen, list(done)
-    params = replace(chosen.sampling.params(work.stop_ids), tilt=work.tilt)
+    params = replace(chosen.sampling.params(work.stop_ids, work.banned_ids), tilt=work.tilt)
     if len(records) < len(prepared.prompts):
         work.progress.begin(chosen.name)
     for start in range(len(records), len(prepared.prompts), chunk):

@@ -116,7 +116,22 @@ def test_a_dialogue_that_ends_with_an_answer_is_a_demonstration():
     }
     assert made({"prompt": [USER], "completion": [ANSWER]}) == {"prompt": [USER], "completion": "42"}
     assert made({"prompt": [USER], "completion": [USER, ANSWER]}) == {"prompt": [USER], "completion": "42"}
-    assert "'completion' must be text" in wrong({"prompt": [USER], "completion": [ANSWER, USER]})
+    assert "ends with a message of the 'user'" in wrong({"prompt": [USER], "completion": [ANSWER, USER]})
+
+
+def test_a_whole_dialogue_is_a_prompt_and_what_follows():
+    later = {"role": "user", "content": "Sure?"}
+    dialogue = [SYSTEM, USER, ANSWER, later, ANSWER]
+    whole = {"prompt": [SYSTEM, USER], "completion": [ANSWER, later, ANSWER], "level": 1}
+    assert made({"messages": dialogue, "level": 1}) == whole
+    assert made({"prompt": [SYSTEM, USER], "completion": dialogue, "level": 1}) == whole
+    assert made({"messages": [USER, {**ANSWER, "name": None}]}) == {"prompt": [USER], "completion": "42"}
+    assert made({"messages": [SYSTEM, USER]}) == {"prompt": [SYSTEM, USER]}, "a prompt to answer"
+    assert made({"messages": dialogue, "prompt": "Hi"}) == {"messages": dialogue, "prompt": "Hi"}, "another column"
+    assert "the first is not the assistant's" in wrong({"messages": [ANSWER, USER]})
+    assert "the first is not the assistant's" in wrong({"messages": [{"role": "user"}]})
+    assert "'prompt' is text; set chat: true" in wrong({"prompt": "Hi", "completion": [ANSWER, later, ANSWER]})
+    assert "after the prompt comes the assistant's" in wrong({"prompt": [USER], "completion": [later, ANSWER]})
 
 
 VERL = {

@@ -80,6 +80,17 @@ def test_five_steps_are_those_of_the_torch_learner_however_micro_batched(worlds,
             assert_equal(one, other)
 
 
+@pytest.mark.parametrize(("kind", "stage"), [("tiny", 3), ("lora", 3), marked("tiny", 1)])
+def test_rows_end_to_end_change_nothing(worlds, kind, stage):  # noqa: F811
+    expected, weights, gradients = embedded(kind)
+    options = {"zero_stage": stage, "packing": True, "pack_tokens": 22, "micro_batch_tokens": 45}
+    metrics, ours, found = on_ranks(worlds(2), checks.train, kind, **options)
+    assert_like(metrics, expected)
+    assert_equal(ours, weights)
+    for one, other in zip(found, gradients, strict=True):
+        assert_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("kind", "stage", "options"),
     [

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,25 @@ def test_top_k_and_top_p_renormalise(sampler):
                 place = order.tolist().index(token)
                 assert place < kept
                 assert math.isclose(logp, float((prob[place] / prob[:kept].sum()).log()), abs_tol=1e-4)
+
+
+def test_banned_tokens_never_come_and_the_rest_is_renormalised(sampler):
+    module, banned = small(), tuple(range(4, 19))
+    publish(sampler, module, 1)
+    cases: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"top_k": 3})
+    for options in cases:
+        asked = requests(8, 6, **options, banned_ids=banned)
+        free = requests(4, 6, first=50)
+        sampler.add([*asked, *free])
+        done = drain(sampler)
+        assert all(max(done[r.id].token_ids) < 4 for r in asked)
+        assert any(max(done[r.id].token_ids) >= 4 for r in free), "others are sampled as before"
+        for request in asked if not options else ():
+            ids = torch.tensor([[*request.prompt_ids, *done[request.id].token_ids]])
+            with torch.no_grad():
+                logp = module(ids).logits[0, len(request.prompt_ids) - 1 : -1, :4].log_softmax(-1)
+            expected = logp.gather(-1, ids[0, len(request.prompt_ids) :, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(done[request.id].logp), expected, rtol=0, atol=1e-4)
 
 
 def test_a_stop_token_is_the_last_one(sampler):
