@@ -3,7 +3,7 @@
 A pair is a :class:`~alignment.types.Group` of two rollouts, the preferred one first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
@@ -91,26 +91,51 @@ def compared(
 
     Args:
         pairs: Two rollouts each, the preferred first.
-        mismatched: Add, for each row, its prompt with the completion of the row before it.
+        mismatched: Add, for each row, its prompt with the same side's completion of the nearest pair before it that
+            has another prompt, the last pair being before the first; none where all have one prompt.
         ground_truth: Demonstrations by the key of their prompt: the first of each pair's prompt is added; None: no.
 
     Returns:
         Groups of pairs first, then those of one row; and a side for every row, in their order.
     """
     groups, sides = list(pairs), [CHOSEN, REJECTED] * len(pairs)
-    rows = [(pair, rollout) for pair in pairs for rollout in pair.rollouts]
-    for i, (pair, rollout) in enumerate(rows) if mismatched else ():
-        other = rows[i - 1][1]
-        odd = replace(
-            rollout, token_ids=other.token_ids, loss_mask=other.loss_mask, behaviour_logp=other.behaviour_logp
-        )
-        groups.append(replace(pair, rollouts=(replace(odd, id=f"{rollout.id}/mismatched"),)))
-        sides.append(MISMATCHED)
+    if mismatched:
+        odd = [group for pair, other in _with_another(pairs) for group in _swapped(pair, other)]
+        groups, sides = groups + odd, sides + [MISMATCHED] * len(odd)
     for pair in pairs if ground_truth is not None else ():
         shown = ground_truth.get(pair.prompt.key, ()) if ground_truth is not None else ()
         groups += [replace(pair, rollouts=(rollout,)) for rollout in shown[:1]]
         sides += [GROUND_TRUTH] * len(shown[:1])
     return groups, sides
+
+
+def _with_another(pairs: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
+    """Each pair with the nearest one before it that has another prompt, if any has; the last precedes the first."""
+    keys = [pair.prompt.key for pair in pairs]
+    for i, pair in enumerate(pairs):
+        other = next((pairs[i - back] for back in range(1, len(pairs)) if keys[i - back] != keys[i]), None)
+        if other is not None:
+            yield pair, other
+
+
+def _swapped(pair: Group, other: Group) -> list[Group]:
+    """The prompt of one pair with both completions of the other, in their order."""
+    rows = zip(pair.rollouts, other.rollouts, strict=True)
+    return [
+        replace(
+            pair,
+            rollouts=(
+                replace(
+                    rollout,
+                    id=f"{rollout.id}/mismatched",
+                    token_ids=taken.token_ids,
+                    loss_mask=taken.loss_mask,
+                    behaviour_logp=taken.behaviour_logp,
+                ),
+            ),
+        )
+        for rollout, taken in rows
+    ]
 
 
 def _scored(group: Group) -> list[Rollout]:

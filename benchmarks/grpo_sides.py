@@ -17,30 +17,7 @@ from typing import Any
 
 import grpo_work
 from grpo_work import Work
-
-
-@dataclass
-class Stepper:
-    """Waits for the parent's word before each step and reports the step before."""
-
-    start: float = 0.0
-    cpu: float = 0.0
-
-    def say(self, message: Mapping[str, Any]) -> None:
-        """Sends a line to the parent."""
-        sys.stdout.write(f"@{json.dumps(message)}\n")
-        sys.stdout.flush()
-
-    def wait(self) -> None:
-        """Returns when the next step may begin."""
-        sys.stdin.readline()
-        self.start, self.cpu = time.perf_counter(), time.process_time()
-
-    def done(self, **found: Any) -> None:
-        """Reports a step and waits for the next."""
-        seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
-        self.say({"seconds": seconds, "cpu": cpu, **found})
-        self.wait()
+from lockstep import Stepper
 
 
 def ours(folder: Path, work: Work, stepper: Stepper) -> None:
@@ -65,10 +42,8 @@ def ours(folder: Path, work: Work, stepper: Stepper) -> None:
         """The embedded sampler without stop tokens."""
 
         def build(self, site: Site, learner: Any) -> FixedLength:
-            module = learner.module
-            stepper.say({"checksum": grpo_work.checksum(module)})
-            stepper.wait()
-            return FixedLength(module, self)
+            stepper.begin(checksum=grpo_work.checksum(learner.module))
+            return FixedLength(learner.module, self)
 
     class Steps:
         """A sink that reports each step."""
@@ -169,8 +144,7 @@ def trl(folder: Path, work: Work, stepper: Stepper) -> None:
 
     class Steps(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            stepper.say({"checksum": grpo_work.checksum(kwargs["model"])})
-            stepper.wait()
+            stepper.begin(checksum=grpo_work.checksum(kwargs["model"]))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "reward" not in (logs or {}):

@@ -10,11 +10,8 @@ of a 2048 x 2048 x 2048 matrix product, measured in the same run.
     python benchmarks/grpo_vs_trl.py --sleep       # on a machine that others use as well
 """
 
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +24,7 @@ from typing import Any
 import grpo_work
 import harness
 from grpo_work import Work
+from lockstep import Side, in_turns
 
 GOALS = {"float32": 1.5, "bfloat16": 2.5}
 SIDES = ("ours", "trl")
@@ -61,44 +59,6 @@ NOT_EQUAL = [
 ]
 
 
-class Side:
-    """A side's process. A context manager that ends it."""
-
-    def __init__(self, name: str, folder: Path, threads: int, sleep: bool) -> None:
-        self.name = name
-        command = [sys.executable, str(Path(__file__).with_name("grpo_sides.py")), name, str(folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"OMP_WAIT_POLICY": "PASSIVE"} if sleep else {}
-        self._log = (folder / f"{name}.log").open("w+", encoding="utf-8")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
-        )
-
-    def __enter__(self) -> "Side":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-    def go(self) -> None:
-        """Lets it take a step."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        """What it says next."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        self._log.seek(0)
-        raise SystemExit(f"{self.name} ended early:\n{self._log.read()[-4000:]}")
-
-
 def measure(work: Work, sleep: bool) -> dict[str, list[dict[str, Any]]]:
     """All steps of both sides, in lockstep."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -106,14 +66,8 @@ def measure(work: Work, sleep: bool) -> dict[str, list[dict[str, Any]]]:
         for folder in folders.values():
             folder.mkdir()
             grpo_work.prepare(folder, work)
-        sides = [stack.enter_context(Side(side, folders[side], work.threads, sleep)) for side in SIDES]
-        starts = {side.name: side.answer()["checksum"] for side in sides}
-        assert len(set(starts.values())) == 1, f"the two sides start from other weights: {starts}"
-        steps: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-        for number in range(work.steps):
-            for side in sides if number % 2 == 0 else reversed(sides):
-                side.go()
-                steps[side.name].append(side.answer())
+        sides = [stack.enter_context(Side("grpo_sides.py", side, folders[side], work.threads, sleep)) for side in SIDES]
+        _, steps = in_turns(sides, work.steps)
     check(steps, work)
     return steps
 

@@ -218,15 +218,16 @@ def test_pairs_of_a_group():
     assert found == [["1", "0"], ["2", "0"], ["3", "0"], ["3", "1"], ["3", "2"]]
 
 
-def test_a_mismatched_row_has_the_completion_of_the_row_before():
+def test_a_mismatched_row_has_another_prompts_completion_of_its_own_side():
     pairs = [
-        Group(i, Prompt(f"p{i}", {"prompt": f"x{i}"}), (rollout("a", 1.0, (i,)), rollout("b", 0.0, (i, i))))
-        for i in (1, 2)
-    ]
+        Group(i, Prompt(f"p{i}", {"prompt": f"x{i // 2}"}), (rollout("a", 1.0, (i,)), rollout("b", 0.0, (i, i))))
+        for i in (1, 2, 3)
+    ]  # the second and the third have one prompt
     groups, sides = compared(pairs, True, None)
-    assert sides == [1, -1, 1, -1, 0, 0, 0, 0]
-    assert [g.rollouts[0].token_ids for g in groups[2:]] == [(2, 2), (1,), (1, 1), (2,)]
-    groups, sides = compared(pairs, False, {pairs[1].prompt.key: [rollout("shown", None, (9,))]})
+    assert sides == [1, -1] * 3 + [0] * 6
+    assert [g.rollouts[0].token_ids for g in groups[3:]] == [(3,), (3, 3), (1,), (1, 1), (1,), (1, 1)]
+    assert compared(pairs[1:], True, None) == (pairs[1:], [1, -1] * 2), "there is no other prompt"
+    groups, sides = compared(pairs[:2], False, {pairs[1].prompt.key: [rollout("shown", None, (9,))]})
     assert sides == [1, -1, 1, -1, 2] and groups[2].rollouts[0].id == "shown"
 
 

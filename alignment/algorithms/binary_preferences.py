@@ -19,8 +19,8 @@ class Kto:
     """``d (1 - sigmoid(beta (ratio - z)))`` of a wanted completion, ``u (1 - sigmoid(beta (z - ratio)))`` of another.
 
     ``z`` estimates the divergence from the reference: the mean ratio, at least 0 and without gradient, over rows of the
-    mini-batch in which each prompt is followed by the completion of the row before. The paper keeps
-    ``d n_wanted / (u n_unwanted)`` between 1 and 4/3.
+    mini-batch in which each prompt is followed by a completion of the pair before, of another prompt; it is 0 where
+    all pairs have one prompt. The paper keeps ``d n_wanted / (u n_unwanted)`` between 1 and 4/3.
     """
 
     beta: Beta = 0.1
