@@ -2,6 +2,7 @@
 
 from rewards.countdown import Countdown
 from rewards.form import Format
+from rewards.judge import Judge
 from rewards.length import Length, Overlong, RelativeLength
 from rewards.matching import ExactMatch, NumericMatch
 from rewards.mathematics import Math
@@ -13,6 +14,7 @@ __all__ = [
     "Countdown",
     "ExactMatch",
     "Format",
+    "Judge",
     "Length",
     "Math",
     "NumericMatch",

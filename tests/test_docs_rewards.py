@@ -15,6 +15,7 @@ from alignment.reward_registry import reward_functions
 from alignment.scoring import Scorer
 from alignment.types import Group
 from rewards import Math
+from tests.rewards.test_judge import served
 from tests.test_scoring import group
 
 PAGE = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
@@ -58,7 +59,7 @@ def columns(found: Group) -> list[dict[str, float | None]]:
 
 
 def test_the_page_has_what_this_test_follows() -> None:
-    assert len(RECIPES) == 5 and len(FILES) == 5 and len(VERDICTS) == 16
+    assert len(RECIPES) == 6 and len(FILES) == 5 and len(VERDICTS) == 16
     assert len(re.findall("^```(yaml|python|console)", PAGE, re.M)) == len(FILES) + len(RECIPES)
 
 
@@ -107,3 +108,14 @@ def test_from_openrlhf_and_verl(folder: Path, prompt: Any) -> None:
     found, _ = scored(folder, 4, ["4", "5", " 4"], prompt, answer="4", data_source="sums", extra_info={"index": 3})
     assert columns(found) == [{"score": 1.0}, {"score": 0.0}, {"score": 0.0}]
     assert columns(scored(folder, 4, ["4"], prompt, answer="4")[0]) == [{"score": 1.0}], "without data_source"
+
+
+def test_a_judge(folder: Path) -> None:
+    with served(lambda *_: json.dumps({"evidence": "", "first": 9, "second": 3})) as (url, _):
+        path = folder / "judged.yaml"
+        page = YAML(typ="safe").load(RECIPES[5])
+        page["rewards"][0] |= {"base_url": url, "cache": str(folder / "judge_cache")}
+        path.write_text(json.dumps({**YAML(typ="safe").load(BASE), **page}))
+        with Scorer.from_recipe(load([path])) as scorer:
+            found = scorer.score([group(["four"], prompt="2+2=", answer="4")])[0]
+    assert columns(found) == [{"judge": 0.5}]

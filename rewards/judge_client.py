@@ -1,0 +1,114 @@
+"""Asks an OpenAI-compatible endpoint, remembers what it said, and counts what that cost."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from alignment.durable import replace_file
+from alignment.errors import UserError
+
+USAGE = "usage.jsonl"
+"""In the cache's folder: a line for each call that was made, with ``model``, ``prompt_tokens``, ``completion_tokens``,
+``cost`` and ``failed`` (why, or null)."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a judge is and how it is asked."""
+
+    base_url: str
+    model: str
+    key_env: str
+    temperature: float
+    max_tokens: int
+    timeout_s: float
+    max_retries: int
+    cache: str | None
+    prices: tuple[float, float]
+    """Of a million tokens read, and written."""
+
+
+def ask(endpoint: Endpoint, messages: list[dict[str, str]], sample: int, schema: Mapping[str, Any]) -> str:
+    """What the judge says, from the cache if it was asked the same before.
+
+    Calls that fail in transit, are refused for their number or meet an error of the server are made again, later each
+    time, up to ``max_retries`` times.
+
+    Args:
+        endpoint: Where.
+        messages: The question.
+        sample: Which of several answers to the same question.
+        schema: Of the verdict; servers that can keep to it are asked to.
+
+    Raises:
+        UserError: The package or the key is missing.
+        Exception: Whatever the client raises when it gives up.
+    """
+    asked = [endpoint.base_url, endpoint.model, endpoint.temperature, endpoint.max_tokens, messages, sample]
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    known = None if endpoint.cache is None else Path(endpoint.cache) / f"{key}.json"
+    if known is not None and known.is_file():
+        return json.loads(known.read_text(encoding="utf-8"))["text"]
+    try:
+        answer = client(endpoint).chat.completions.create(
+            model=endpoint.model,
+            messages=messages,
+            temperature=endpoint.temperature,
+            max_tokens=endpoint.max_tokens,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "verdict", "strict": True, "schema": schema},
+            },
+        )
+    except Exception as error:
+        _count(endpoint, None, str(error))
+        raise
+    _count(endpoint, answer.usage, None)
+    text = answer.choices[0].message.content or ""
+    if known is not None:
+        replace_file(known, json.dumps({"text": text}).encode(), synced=False)
+    return text
+
+
+@lru_cache(maxsize=8)
+def client(endpoint: Endpoint) -> Any:
+    """The client of an endpoint.
+
+    Raises:
+        UserError: The package or the key is missing.
+    """
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise UserError("the reward 'judge' needs the package openai: pip install 'alignment-rl[judge]'") from error
+    key = os.environ.get(endpoint.key_env)
+    if key is None and "//localhost" not in endpoint.base_url and "//127.0.0.1" not in endpoint.base_url:
+        raise UserError(
+            f"the judge at {endpoint.base_url} needs a key: set {endpoint.key_env} in the environment, or name another "
+            f"variable in key_env"
+        )
+    return OpenAI(
+        base_url=endpoint.base_url,
+        api_key=key or "none",
+        timeout=endpoint.timeout_s,
+        max_retries=endpoint.max_retries,
+    )
+
+
+def _count(endpoint: Endpoint, usage: Any, failed: str | None) -> None:
+    """Adds a line to the account, where there is a place for one. One short line is written whole by every process."""
+    if endpoint.cache is None:
+        return
+    read, wrote = (getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
+    cost = (read * endpoint.prices[0] + wrote * endpoint.prices[1]) / 1e6
+    line = {"time": round(time.time(), 1), "model": endpoint.model, "prompt_tokens": read, "completion_tokens": wrote}
+    folder = Path(endpoint.cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / USAGE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "cost": cost, "failed": failed}) + "\n")
