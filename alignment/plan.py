@@ -222,7 +222,11 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
         section = data.get("demonstrations")
         group_size, minibatches, row_tokens = 1, 1, _longest(recipe, section.prompts) if section else None
     elif isinstance(stage, RewardModelStage) or not stage.samples:
-        prompts = stage.batch_size if isinstance(stage, RewardModelStage) else getattr(stage.pairs, "batch_size", 1)
+        prompts = (
+            stage.batch_size
+            if isinstance(stage, RewardModelStage)
+            else getattr(getattr(stage, "pairs", None), "batch_size", 1)
+        )
         section = data.get("preferences")
         group_size, minibatches, row_tokens = 2, 1, _longest(recipe, section.prompts, PAIRED) if section else None
         rows = 2 * prompts

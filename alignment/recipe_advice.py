@@ -19,7 +19,7 @@ def refusals(recipe: "Recipe") -> Iterator[Conflict]:
     """Curricula that cannot be in one list, replay that nothing corrects, and control tokens that cannot work."""
     yield from control_conflicts(recipe)
     for index, stage in enumerate(recipe.stages):
-        if stage.stage in ("sft", "reward_model") or not stage.samples:
+        if stage.stage == "sft" or stage.stage == "reward_model" or not stage.samples:
             continue
         here: Place = ("stages", index, "curricula")
         yield from (Conflict(here, text) for verdict, text in remarks(stage.curricula) if verdict == "refused")
@@ -33,7 +33,7 @@ def refusals(recipe: "Recipe") -> Iterator[Conflict]:
 def advice(recipe: "Recipe") -> Iterator[Conflict]:
     """What is told when a run starts or a recipe is checked, and is no reason to refuse it."""
     for index, stage in enumerate(recipe.stages):
-        if stage.stage not in ("sft", "reward_model") and stage.samples:
+        if stage.stage != "sft" and stage.stage != "reward_model" and stage.samples:
             place: Place = ("stages", index, "curricula")
             yield from (Conflict(place, text) for verdict, text in remarks(stage.curricula) if verdict == "warns")
         if stage.stage == "online":

@@ -34,7 +34,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
             yield from preference_conflicts(recipe, stage, place)
         if stage.stage == "reward_model":
             yield from reward_model_conflicts(recipe, stage, place)
-        if stage.stage not in ("sft", "reward_model") and stage.samples:
+        if stage.stage != "sft" and stage.stage != "reward_model" and stage.samples:
             yield from _online(recipe, stage, place)
             yield from _values(stage, place)
             yield from _guidance(stage, place)
@@ -101,7 +101,8 @@ def _build(recipe: "Recipe") -> Iterator[Conflict]:
         fits = [n for n in range(1, build.heads + 1) if build.heads % n == 0]
         message = f"{build.kv_heads} does not divide heads ({build.heads}): {', '.join(map(str, fits))} would do"
         yield Conflict((*place, "kv_heads"), message, ((*place, "heads"),))
-    online = ((i, s) for i, s in enumerate(recipe.stages) if s.stage not in ("sft", "reward_model") and s.samples)
+    stages = ((i, s) for i, s in enumerate(recipe.stages) if s.stage != "sft" and s.stage != "reward_model")
+    online = ((i, s) for i, s in stages if s.samples)
     lengths: dict[Place, int] = {("stages", i, "sampling"): s.sampling.max_tokens for i, s in online}
     if recipe.data.eval is not None:
         lengths["evaluation", "sampling"] = recipe.evaluation.sampling.max_tokens

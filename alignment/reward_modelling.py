@@ -55,10 +55,10 @@ def held_out(job: Job, stage: RewardModelStage) -> dict[str, float]:
     pairs = job.data.held_out_preferences
     length_P2 = torch.tensor([[len(r.token_ids) for r in pair.rollouts] for pair in pairs])
     rewards = torch.stack([rewards_of(job, name, pairs) for name in stage.member_names])
-    found = judged(*rewards.mean(0).unbind(1), length_P2)
+    found = judged(rewards.mean(0), length_P2)
     if stage.members > 1:
         for name, reward_P2 in zip(stage.member_names, rewards, strict=True):
-            found |= {f"{name}/{key}": value for key, value in judged(*reward_P2.unbind(1), length_P2).items()}
+            found |= {f"{name}/{key}": value for key, value in judged(reward_P2, length_P2).items()}
     return found
 
 

@@ -132,7 +132,7 @@ class Judge:
             return f"{type(error).__name__}: {error}"
         if found is None:
             return "no verdict"
-        return found[::-1] if swapped else found
+        return (found[1], found[0]) if swapped else found
 
 
 def question(prompt: str, first: str, second: str) -> str:

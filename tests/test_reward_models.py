@@ -48,7 +48,7 @@ def test_a_tie_pulls_both_rewards_together():
 def test_what_rewards_of_held_out_pairs_are_worth():
     chosen, rejected = torch.tensor([2.0, 1.0, 0.0, 3.0]), torch.tensor([0.0, 0.0, 1.0, 0.0])
     length = torch.tensor([[4, 2], [5, 4], [1, 2], [6, 3]])
-    found = judged(chosen, rejected, length)
+    found = judged(torch.stack([chosen, rejected], 1), length)
     assert found["accuracy"] == 0.75 and found["length_correlation"] == pytest.approx(1.0)
     sure = torch.tensor([2.0, 1.0, 1.0, 3.0]).sigmoid()
     apart = abs(float(sure[0]) - 1), abs(float(sure[1]) - 0.5), abs(float(sure[3]) - 1)  # three bins

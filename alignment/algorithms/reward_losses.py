@@ -122,12 +122,11 @@ class RewardObjective:
         return {"loss": totals["loss"], "pairs": totals["pairs"], **found}
 
 
-def judged(chosen_P: Tensor, rejected_P: Tensor, length_P2: Tensor) -> dict[str, float]:
+def judged(reward_P2: Tensor, length_P2: Tensor) -> dict[str, float]:
     """What rewards of held-out pairs are worth.
 
     Args:
-        chosen_P: Rewards of the preferred sides.
-        rejected_P: Of the others.
+        reward_P2: Rewards of both sides, the preferred first.
         length_P2: Tokens of both, the preferred first.
 
     Returns:
@@ -136,7 +135,7 @@ def judged(chosen_P: Tensor, rejected_P: Tensor, length_P2: Tensor) -> dict[str,
         ``length_correlation``, Pearson's, of the difference of the rewards with that of the lengths: what remains of it
         where longer is not better is a bias.
     """
-    ahead_P = (chosen_P - rejected_P).double()
+    ahead_P = (reward_P2[:, 0] - reward_P2[:, 1]).double()
     right_P, sure_P = (ahead_P > 0).double(), ahead_P.abs().sigmoid()
     bin_P = ((sure_P - 0.5) * 20).long().clamp(max=9)
     error = 0.0
