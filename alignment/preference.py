@@ -2,24 +2,35 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from alignment.algorithms.state import observe, report
 from alignment.collect import Collector, Sealed
-from alignment.engines.roles import handles
+from alignment.engines.roles import handles, passed
 from alignment.job import Job
 from alignment.metrics import read_tokens, summarise
 from alignment.offline import batches
 from alignment.pairings import compared
 from alignment.recipe import PreferenceStage
 from alignment.reference_cache import ReferenceCache
-from alignment.types import Batch, Context, Group, Signals, TrainState
+from alignment.types import Batch, Context, Group, RoleHandle, Signals, TrainState
 
 log = logging.getLogger(__name__)
-Feed = Callable[[TrainState], tuple[list[Group], Sealed | None]]
-"""The pairs of a step, and what was sampled for it and for the steps after it, if anything was."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where pairs come from, one step at a time."""
+
+    take: Callable[[TrainState], tuple[list[Group], Sealed | None]]
+    """The pairs of a step, and what was sampled for it and for the steps after it, if anything was."""
+    context: Callable[[int], Context]
+    """What components may know at a step."""
+    roles: Mapping[str, RoleHandle] = field(default_factory=dict)
+    """Models that curricula ask."""
 
 
 def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> TrainState:
@@ -42,7 +53,7 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
     feed = _sampled(job, stage) if stage.samples else _given(job, stage)
     while state.stage_step < stage.steps:
         job.stop.check()
-        pairs, sealed = feed(state)
+        pairs, sealed = feed.take(state)
         state = state if sealed is None else sealed.state
         metrics, batch = dict[str, float](before), None
         before = {}
@@ -64,10 +75,14 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
             learner.refresh_reference(share)
         evaluation = job.evaluate_if_due(state.step + 1)
         flat = None if evaluation is None else evaluation.flat()
-        state = _observed(job, stage, state, batch, sealed, metrics, flat)
+        if batch is not None or sealed is not None:
+            seen = () if sealed is None else sealed.sampled
+            known = job.collate(seen, state.step) if batch is None else batch
+            signals = Signals(seen, known, metrics, flat, feed.context(state.step))
+            state = replace(state, components=_observed(stage, state.components, signals, sampled=sealed is not None))
         if sealed is not None:
             metrics |= summarise(sealed.sampled, sealed.dropped)
-        metrics |= {"pairs": float(len(pairs))} | report(stage.components(), state.components)
+        metrics |= {"pairs": float(len(pairs))} | report(stage.components(), state.components) | passed(feed.roles)
         state, after = _measured_after(job, stage, state)
         state = job.finish_step(state.next_step(), metrics | after, sealed)
     return state
@@ -77,11 +92,11 @@ def _given(job: Job, stage: PreferenceStage) -> Feed:
     """Pairs of the data, each epoch in an order of its own."""
     pairs, size = job.data.preferences, getattr(stage.pairs, "batch_size", 1)
 
-    def feed(state: TrainState) -> tuple[list[Group], None]:
+    def take(state: TrainState) -> tuple[list[Group], None]:
         index = next(batches(len(pairs), size, state.stage_step, job.seed))
         return [pairs[i] for i in index], None
 
-    return feed
+    return Feed(take, lambda step: Context(step, job.seed))
 
 
 def _sampled(job: Job, stage: PreferenceStage) -> Feed:
@@ -102,18 +117,17 @@ def _sampled(job: Job, stage: PreferenceStage) -> Feed:
         steps=stage.steps,
     )
 
-    def feed(state: TrainState) -> tuple[list[Group], Sealed | None]:
+    def take(state: TrainState) -> tuple[list[Group], Sealed | None]:
         place, sealed = state.stage_step % every, None
         if place == 0:
             job.publish(state.step)
             sealed = collector.collect(state)
             job.engines.rest()
-            archive.add(state.step, sealed.groups)
-        groups = archive.groups(state.step - place)
+        groups = archive.groups(state.step - place) if sealed is None else sealed.groups
         taken = groups[place * per_step : (place + 1) * per_step]
         return [pair for group in taken for pair in stage.pairs.pairs(group)], sealed
 
-    return feed
+    return Feed(take, collector.context, collector.roles)
 
 
 def _compared(job: Job, stage: PreferenceStage, pairs: Sequence[Group], step: int) -> Batch:
@@ -136,25 +150,11 @@ def _sided(job: Job, groups: Sequence[Group], sides: Sequence[int], step: int) -
     return replace(batch, side_B=side_B.to(batch.ids_BT.device), reward_B=reward_B.to(batch.ids_BT.device))
 
 
-def _observed(
-    job: Job,
-    stage: PreferenceStage,
-    state: TrainState,
-    batch: Batch | None,
-    sealed: Sealed | None,
-    metrics: Mapping[str, float],
-    evaluation: Mapping[str, float] | None,
-) -> TrainState:
-    """The state with what its components learned: curricula from what was sampled, losses from pairs."""
+def _observed(stage: PreferenceStage, states: Mapping[str, Any], signals: Signals, *, sampled: bool) -> dict[str, Any]:
+    """The states after a step: losses learn from pairs, curricula from what was sampled, where anything was."""
     components = stage.components()
-    if sealed is None:
-        components = {place: c for place, c in components.items() if place.startswith("losses.")}
-    if batch is None and sealed is None:
-        return state
-    seen = () if sealed is None else sealed.sampled
-    known = job.collate(seen, state.step) if batch is None else batch
-    signals = Signals(seen, known, metrics, evaluation, Context(state.step, job.seed))
-    return replace(state, components=observe(components, state.components, signals))
+    learn = {place: c for place, c in components.items() if sampled or place.startswith("losses.")}
+    return observe(learn, states, signals)
 
 
 def _cache(job: Job, stage: PreferenceStage, state: TrainState) -> ReferenceCache | None:

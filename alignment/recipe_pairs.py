@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from alignment.algorithms.preferences import preference_losses
+from alignment.curricula import curricula
 from alignment.recipe_tree import Conflict, Place
 from alignment.references import references
 
@@ -27,6 +28,10 @@ def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
             yield Conflict((*place, name), f"{message}: leave it out, or set pairs to best_worst", ((*place, "pairs"),))
     elif stage.group_size < 2:
         yield Conflict((*place, "group_size"), "1 makes no pair: sample at least 2 completions of each prompt")
+    for index, curriculum in enumerate(stage.curricula) if stage.samples else ():
+        if hasattr(curriculum, "replay"):
+            message = f"'{curricula.name_of(curriculum)}' picks what to replay by advantages, and pairs have none"
+            yield Conflict((*place, "curricula", index), f"{message}: leave it out")
     if reference == "cached" and stage.samples:
         message = "'cached' is computed once over pairs that are there before: take 'copy', whose pairs may be new"
         yield Conflict(here, message, ((*place, "pairs"),))

@@ -198,6 +198,24 @@ def test_online_and_iterative_are_one_recipe_with_other_intervals(tmp_path):
     assert seen[3] == [48, None, None, 48, None, None]
 
 
+def test_a_curriculum_with_a_model_of_its_own_chooses_what_is_sampled(tmp_path):
+    stage = {
+        "curricula": [{"name": "prompt_curriculum", "oversample": 2}],
+        "prompt_value": {"name": "model", "lr": 1e-3},
+    }
+    records = lines(trained(sampled(tmp_path, **stage, steps=3, pairs={"name": "best_worst", "every": 2}))["folder"])
+    assert [line["rollouts"] for line in records if "rollouts" in line] == [32, 32]
+    assert records[0]["prompt_value/fitted_tokens"] > 0 and "prompt_value/fitted_tokens" not in records[1]
+
+
+def test_the_ground_truth_guides(tmp_path):
+    losses = ["dpo", {"name": "nll", "of": "ground_truth", "weight": 0.5}]
+    shown = {"demonstrations": {"name": "dataset", "path": "pairs.jsonl"}}
+    records = lines(trained(recipe(tmp_path, given(losses=losses, steps=10), data=shown))["folder"])
+    assert records[0]["loss"] == pytest.approx(0.6931472 + 0.5 * records[0]["loss/nll"], abs=1e-5)
+    assert records[-1]["loss/nll"] < records[0]["loss/nll"] and records[0]["rows"] == 16
+
+
 def rollout(name: str, reward: float | None, tokens=(1, 2)) -> Rollout:
     scores = {} if reward is None else {"r": Score(reward)}
     return Rollout(
@@ -270,6 +288,7 @@ def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
         ({**given(losses=["kto"], reference="cached")}, "stages.0.reference: 'cached' has nothing of prompts with"),
         ({**given(losses=["simpo"], reference="cached")}, "stages.0.reference: is not looked at by simpo"),
         ({**SAMPLED, "group_size": 1}, "stages.0.group_size: 1 makes no pair"),
+        ({**SAMPLED, "curricula": ["uniform", "sample_buffer"]}, "stages.0.curricula.1: 'sample_buffer' picks what to"),
         ({**given(losses=[])}, "losses is empty"),
         ({**given(losses=["dpoo"])}, "'dpoo' is not one of the preference_losses; did you mean 'dpo'"),
         ({**given(losses=["dpo", {"name": "nll", "of": "ground_truth"}])}, "needs data.demonstrations"),
