@@ -21,7 +21,8 @@ from alignment.algorithms.binary_preferences import Bco, Kto
 from alignment.algorithms.preference_objective import PreferenceObjective
 from alignment.algorithms.preferences import Dpo, Hinge, Ipo, LengthNormalizedDpo, Nll, Orpo, RobustDpo, Simpo
 from alignment.batching import collate
-from alignment.data.sides import pair_of
+from alignment.data.demonstrations import Shown, encode_demonstrations
+from alignment.data.sides import PAIRED, pair_of
 from alignment.engines.gradients import accumulate
 from alignment.engines.policy_goal import PolicyGoal
 from alignment.engines.torch_learner import TorchLearner
@@ -69,10 +70,12 @@ class Both:
 
     def pair(self, uid: int, row: dict[str, str]) -> Group:
         """As the data of a recipe become one."""
-        ids = {name: encode_prompt(self.tokenizer, text) for name, text in row.items()}
-        sides = {name: {str(uid): ids[name]} for name in ("chosen", "rejected")}
+        prompt_ids = encode_prompt(self.tokenizer, row["prompt"])
         assert self.tokenizer.eos_token_id is not None
-        return pair_of(uid, Prompt(str(uid), dict(row)), ids["prompt"], sides, self.tokenizer.eos_token_id)
+        rows = [(row["prompt"], prompt_ids, row[side]) for side in PAIRED]
+        shown = encode_demonstrations(rows, self.tokenizer, [self.tokenizer.eos_token_id])
+        sides = {side: {str(uid): each} for side, each in zip(PAIRED, shown, strict=True) if isinstance(each, Shown)}
+        return pair_of(uid, Prompt(str(uid), dict(row)), prompt_ids, sides)
 
     def batch(self, pairs: Sequence[Group], mismatched: bool) -> Batch:
         """As the stage makes it."""
