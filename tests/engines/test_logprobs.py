@@ -183,7 +183,7 @@ def test_a_head_with_an_adapter_has_the_gradients_of_the_full_logits() -> None:
         with torch.no_grad():
             for name, p in module.named_parameters():
                 if "lora_" in name:
-                    p.normal_()
+                    p.normal_(std=0.2)
         logp_BT, entropy_BT = (
             expected(module, batch) if chunk is None else LogProbs(module, chunk_mb(chunk))(batch, "gradient")
         )
