@@ -55,8 +55,8 @@ class GroupArchive:
             )
         return self._group(line)
 
-    def groups(self, step: int) -> list[Group]:
-        """All groups of the batch that was sampled at ``step``.
+    def groups(self, step: int, first: int, count: int) -> list[Group]:
+        """``count`` groups of the batch that was sampled at ``step``, from the one numbered ``first`` on.
 
         Raises:
             UserError: They are not there: somebody removed the file.
@@ -67,7 +67,7 @@ class GroupArchive:
                 f"{self._path(step)} is not there, and the run's next steps train on it; put the file back, or start "
                 f"again with --fresh (the old run is kept aside)"
             )
-        return [self._group(line) for line in lines.values()]
+        return [self._group(line) for line in list(lines.values())[first : first + count]]
 
     def _group(self, line: str) -> Group:
         found = json.loads(line)

@@ -113,15 +113,21 @@ class Job:
 
     def open_archive(self, stage: RolloutStage) -> GroupArchive | None:
         """What curricula of ``stage`` replay from; None where none replays."""
-        ages = [getattr(c, "max_age", 0) for c in stage.curricula if hasattr(c, "replay")]
-        self.archive = GroupArchive(self.run.folder / "archive", self.data.train, max(ages)) if ages else None
+        replays = any(hasattr(curriculum, "replay") for curriculum in stage.curricula)
+        self.archive = self._archive() if replays else None
         return self.archive
 
     def open_rounds(self) -> GroupArchive:
         """Where a preference stage keeps what it sampled, for the steps of the round and for a resumed run."""
-        every = max(getattr(getattr(stage, "pairs", None), "every", 1) for stage in self.recipe.stages)
-        self.archive = GroupArchive(self.run.folder / "archive", self.data.train, every)
+        self.archive = self._archive()
         return self.archive
+
+    def _archive(self) -> GroupArchive:
+        """One for the whole run, as old as any of its stages may ask: a resumed run may go back to another stage."""
+        stages = [stage for stage in self.recipe.stages if isinstance(stage, RolloutStage)]
+        ages = [getattr(c, "max_age", 0) for stage in stages for c in stage.curricula if hasattr(c, "replay")]
+        ages += [getattr(stage.pairs, "every", 1) for stage in stages if isinstance(stage, PreferenceStage)]
+        return GroupArchive(self.run.folder / "archive", self.data.train, max(ages))
 
     def player(self, environment: Environment) -> Player:
         """Plays episodes of ``environment`` with the current weights; a stop is noticed between two completions.

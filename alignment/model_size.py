@@ -257,6 +257,10 @@ def critic_bytes(shape: Shape, model: ModelConfig, stage: Any) -> int:
     ``config.json`` is not at hand counts as large as the policy.
     """
     total = 0
+    if stage.stage == "reward_model":
+        own = stage.model or model
+        found = Shape.of(own) if stage.model is not None else shape
+        total += stage.members * resting_bytes(found or shape, own, Training.of(stage.learner, own), reference=False)
     for critic in (getattr(stage, "values", None), getattr(stage, "prompt_value", None)):
         if isinstance(critic, ModelCritic):
             own = critic.model or model

@@ -28,6 +28,7 @@ def train_supervised(job: Job, stage: SftStage, state: TrainState) -> TrainState
     shown = lesson(stage, job.data, f"stages.{state.stage}", job.control_ids, job.seed)
     for index in batches(len(shown.rollouts), stage.batch_size, state.stage_step, job.seed):
         job.stop.check()
+        job.engines.rest()
         job.settled = False
         with job.phases("update"):
             groups = [_group(uid, shown.rollouts[i]) for uid, i in enumerate(index)]

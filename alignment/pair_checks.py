@@ -1,11 +1,13 @@
 """Whether the pairs of a run suit its preference stages: found before the first step."""
 
+from collections.abc import Sequence
+
 from alignment.algorithms.preferences import preference_losses
 from alignment.algorithms.reward_losses import reward_losses
 from alignment.data.load import LoadedData
 from alignment.errors import UserError
 from alignment.recipe import PreferenceStage, Recipe, RewardModelStage
-from alignment.types import Group
+from alignment.types import Group, Prompt
 
 Paired = PreferenceStage | RewardModelStage
 
@@ -37,9 +39,28 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None
                 _refuse_unscored(stage, preference_losses.name_of(loss), data)
         if stage.guided:
             _refuse_unguided(stage, data)
+            for shown in data.demonstrations.values():
+                _refuse_long(stage, Group(0, Prompt(shown[0].prompt_id, {}), tuple(shown)), positions, sides=1)
+        if stage.mismatched and given:
+            _refuse_mismatched(stage, given, positions)
 
 
-def _refuse_long(stage: Paired, pair: Group, positions: int | None) -> None:
+def _refuse_mismatched(stage: PreferenceStage, pairs: Sequence[Group], positions: int | None) -> None:
+    """The longest prompt may be followed by the longest completion, of another one."""
+    rows = [rollout for pair in pairs for rollout in pair.rollouts]
+    prompt, completion = max(len(r.prompt_ids) for r in rows), max(len(r.token_ids) for r in rows)
+    budget = getattr(stage.learner, "micro_batch_tokens", None)
+    limits = {"the model's positions": positions, "learner.micro_batch_tokens": budget}
+    for what, limit in limits.items():
+        if limit is not None and prompt + completion > limit:
+            raise UserError(
+                f"stage {stage.name!r}: 'kto' puts other completions behind prompts, and the longest of both, "
+                f"{prompt:,} and {completion:,} tokens, exceed {what} ({limit:,}): lower data.max_prompt_tokens or "
+                f"data.max_completion_tokens"
+            )
+
+
+def _refuse_long(stage: Paired, pair: Group, positions: int | None, sides: int = 2) -> None:
     longest = max(len(r.prompt_ids) + len(r.token_ids) for r in pair.rollouts)
     row = pair.prompt.origin or pair.prompt.id
     if positions is not None and longest > positions:
@@ -48,10 +69,11 @@ def _refuse_long(stage: Paired, pair: Group, positions: int | None) -> None:
             f"{positions:,} positions: nothing is cut off, so take the row out or lower data.max_completion_tokens"
         )
     budget = getattr(stage.learner, "micro_batch_tokens", None)
-    if budget is not None and 2 * longest > budget:
+    if budget is not None and sides * longest > budget:
+        what = f"both sides of the pair {row}, {longest:,} tokens each at most, have" if sides > 1 else f"{row} has"
         raise UserError(
-            f"stage {stage.name!r}: both sides of the pair {row}, {longest:,} tokens each at most, have to fit "
-            f"learner.micro_batch_tokens ({budget:,}) together: raise that to {2 * longest:,} or take the row out"
+            f"stage {stage.name!r}: {what} to fit learner.micro_batch_tokens ({budget:,})"
+            f"{' together' if sides > 1 else ''}: raise that to {sides * longest:,} or take the row out"
         )
 
 

@@ -31,6 +31,8 @@ class Feed:
     """What components may know at a step."""
     roles: Mapping[str, RoleHandle] = field(default_factory=dict)
     """Models that curricula ask."""
+    close: Callable[[], None] = lambda: None
+    """At the end."""
 
 
 def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> TrainState:
@@ -48,6 +50,7 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
     learner, phases = job.engines.learner, job.phases
     if state.stage_step == 0 and stage.needs_reference and any(map(stage.reference.share, range(1, stage.steps + 1))):
         learner.refresh_reference()  # one that moves is kept from the start, also under LoRA
+    job.engines.rest()
     cache = _cache(job, stage, state)
     state, before = _measured_before(job, state)
     feed = _sampled(job, stage) if stage.samples else _given(job, stage)
@@ -85,6 +88,7 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
         metrics |= {"pairs": float(len(pairs))} | report(stage.components(), state.components) | passed(feed.roles)
         state, after = _measured_after(job, stage, state)
         state = job.finish_step(state.next_step(), metrics | after, sealed)
+    feed.close()
     return state
 
 
@@ -93,6 +97,7 @@ def _given(job: Job, stage: PreferenceStage) -> Feed:
     pairs, size = job.data.preferences, getattr(stage.pairs, "batch_size", 1)
 
     def take(state: TrainState) -> tuple[list[Group], None]:
+        job.engines.rest()
         index = next(batches(len(pairs), size, state.stage_step, job.seed))
         return [pairs[i] for i in index], None
 
@@ -122,12 +127,14 @@ def _sampled(job: Job, stage: PreferenceStage) -> Feed:
         if place == 0:
             job.publish(state.step)
             sealed = collector.collect(state)
-            job.engines.rest()
-        groups = archive.groups(state.step - place) if sealed is None else sealed.groups
-        taken = groups[place * per_step : (place + 1) * per_step]
+        job.engines.rest()
+        if sealed is not None:
+            taken: Sequence[Group] = sealed.groups[:per_step]
+        else:
+            taken = archive.groups(state.step - place, place * per_step, per_step)
         return [pair for group in taken for pair in stage.pairs.pairs(group)], sealed
 
-    return Feed(take, collector.context, collector.roles)
+    return Feed(take, collector.context, collector.roles, collector.close)
 
 
 def _compared(job: Job, stage: PreferenceStage, pairs: Sequence[Group], step: int) -> Batch:
@@ -200,8 +207,8 @@ def _measured_before(job: Job, state: TrainState) -> tuple[TrainState, dict[str,
 
 def _measured_after(job: Job, stage: PreferenceStage, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     """Held-out pairs after the step that is about to be completed, where an evaluation is due."""
-    every, step = job.recipe.evaluation.every, state.stage_step + 1
-    due = step == stage.steps or bool(every and step % every == 0)
+    every = job.recipe.evaluation.every
+    due = state.stage_step + 1 == stage.steps or bool(every and (state.step + 1) % every == 0)
     if not due or not job.data.held_out_preferences:
         return state, {}
     with job.phases("evaluate"):

@@ -8,7 +8,7 @@ from alignment.algorithms.decodings import decodings
 from alignment.algorithms.state import needs_of
 from alignment.critics import critics
 from alignment.engines.config import transports
-from alignment.recipe_pairs import preference_conflicts, reward_model_conflicts
+from alignment.recipe_pairs import preference_conflicts, reward_model_conflicts, slow_rewards
 from alignment.recipe_tree import Conflict, Node, Place, Problem, dotted, walk
 from alignment.recipe_weighting import weighting_conflicts
 from alignment.recipe_yaml import SECRET_KEY, SECRET_VALUE
@@ -23,6 +23,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     """Everything in a well-formed recipe that cannot work."""
     yield from _build(recipe)
     yield from _names(recipe)
+    yield from slow_rewards(recipe)
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
         yield from _engines(stage, place)

@@ -21,7 +21,8 @@ def missing_folders(recipe: Recipe, first_stage: int = 0) -> list[Problem]:
             folder_beside(folder, recipe.folder)
         except UserError as error:
             problems += recipe.error(place, str(error)).problems
-    members = {s.name: s.members for s in recipe.stages if isinstance(s, RewardModelStage)}
+    last = max((i for i, stage in enumerate(recipe.stages) if stage.samples), default=-1)
+    members = {s.name: s.members for s in recipe.stages[: last + 1] if isinstance(s, RewardModelStage)}
     for index, spec in enumerate(recipe.reward_specs):
         ask = getattr(spec.function, "missing", None)
         if ask is not None and (why := ask(recipe.folder, members)):

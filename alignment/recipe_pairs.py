@@ -21,13 +21,30 @@ def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
             message = "a stage 'preference' needs data.preferences, or pairs that it samples: pairs: best_worst"
             yield Conflict(place, message, (("data", "preferences"), (*place, "pairs")))
         plain = type(stage)(steps=1)  # a run's own copy of its recipe says every default
-        for name in ("prompts_per_step", "group_size", "sampling", "curricula", "environment"):
+        for name in ("prompts_per_step", "group_size", "sampling", "curricula", "environment", "prompt_value"):
             if getattr(stage, name) == getattr(plain, name):
                 continue
             message = "says how completions are sampled, and this stage takes the pairs of data.preferences"
             yield Conflict((*place, name), f"{message}: leave it out, or set pairs to best_worst", ((*place, "pairs"),))
-    elif stage.group_size < 2:
-        yield Conflict((*place, "group_size"), "1 makes no pair: sample at least 2 completions of each prompt")
+    else:
+        if stage.group_size < 2:
+            yield Conflict((*place, "group_size"), "1 makes no pair: sample at least 2 completions of each prompt")
+        budget = getattr(stage.learner, "micro_batch_tokens", None)
+        need = 2 * (recipe.data.max_prompt_tokens + stage.sampling.max_tokens)
+        if budget is not None and budget < need:
+            message = (
+                f"{budget} does not hold the two sides of the longest pair: twice data.max_prompt_tokens "
+                f"({recipe.data.max_prompt_tokens}) + sampling.max_tokens ({stage.sampling.max_tokens}) is {need}"
+            )
+            because = (("data", "max_prompt_tokens"), (*place, "sampling"), (*place, "learner"))
+            yield Conflict((*place, "learner", "micro_batch_tokens"), message, because)
+    if stage.max_staleness:
+        message = "a preference stage waits for its pairs, so none is stale: leave it out"
+        yield Conflict((*place, "max_staleness"), message)
+    moves = any(map(stage.reference.share, range(1, stage.steps + 1)))
+    if moves and any(preference_losses.name_of(loss) == "bco" for loss in stage.losses):
+        message = "'bco' compares rewards with earlier ones, which were against another reference: take 'copy'"
+        yield Conflict(here, message, ((*place, "losses"),))
     for index, curriculum in enumerate(stage.curricula) if stage.samples else ():
         if hasattr(curriculum, "replay"):
             message = f"'{curricula.name_of(curriculum)}' picks what to replay by advantages, and pairs have none"
@@ -55,3 +72,15 @@ def reward_model_conflicts(recipe: "Recipe", stage: "RewardModelStage", place: P
     if stage.start is not None and stage.members > 1:
         message = f"{stage.members} would all begin with the head of 'start', so only the order of data would differ"
         yield Conflict((*place, "members"), f"{message}: give 'model' in its place", ((*place, "start"),))
+
+
+def slow_rewards(recipe: "Recipe") -> Iterator[Conflict]:
+    """Rewards that may take longer than scoring allows, by their own account (``needs_s``)."""
+    for index, spec in enumerate(recipe.reward_specs):
+        needs = getattr(spec.function, "needs_s", 0.0)
+        if needs > recipe.scoring.timeout_s:
+            message = (
+                f"'{spec.column}' may take {needs:g} s for a completion, retries included, and scoring.timeout_s is "
+                f"{recipe.scoring.timeout_s:g}: raise that to {needs:g}, or lower its timeout_s, max_retries or samples"
+            )
+            yield Conflict(("rewards", index), message, (("scoring", "timeout_s"),))

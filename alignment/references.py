@@ -24,7 +24,7 @@ references: Registry[Reference] = Registry("references", Reference, "What prefer
 @references.register("copy", source="Direct Preference Optimization (arXiv 2305.18290)", evidence="end to end")
 @dataclass(frozen=True)
 class Copy:
-    """The policy as the stage began. Under LoRA it is the model without the adapter, and nothing is copied."""
+    """The policy as the stage began. While an adapter is new that is the model without it, not copied."""
 
     kept: ClassVar[bool] = True
 

@@ -30,6 +30,7 @@ def train_reward_models(job: Job, stage: RewardModelStage, state: TrainState) ->
     pairs, every = job.data.preferences, job.recipe.evaluation.every
     while state.stage_step < stage.steps:
         job.stop.check()
+        job.engines.rest()
         job.settled = False
         metrics: dict[str, float] = {}
         with job.phases("update"):
@@ -41,8 +42,8 @@ def train_reward_models(job: Job, stage: RewardModelStage, state: TrainState) ->
                 metrics |= {f"{name}/{key}": value for key, value in found.items()}
         metrics |= _means(metrics, stage.member_names) | {"pairs": float(stage.batch_size)}
         job.evaluate_if_due(state.step + 1)
-        step = state.stage_step + 1
-        if job.data.held_out_preferences and (step == stage.steps or every and step % every == 0):
+        ends = state.stage_step + 1 == stage.steps
+        if job.data.held_out_preferences and (ends or every and (state.step + 1) % every == 0):
             with job.phases("evaluate"):
                 metrics |= {f"held_out/{name}": value for name, value in held_out(job, stage).items()}
         state = job.finish_step(state.next_step(), metrics)

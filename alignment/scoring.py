@@ -123,6 +123,16 @@ class Scorer:
             with self._lock:
                 self._pool.close()
 
+    def restart(self) -> None:
+        """Starts the workers anew, so that they load what was not there before, and waits for them.
+
+        Raises:
+            UserError: One cannot be started.
+        """
+        if self._computed:
+            with self._lock:
+                self._pool.restart()
+
     def check(self, columns: Iterable[str] | None = None, where: str = "the data set") -> None:
         """Waits for the workers to be ready, so that what cannot be imported shows before a run starts.
 

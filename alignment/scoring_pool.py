@@ -65,6 +65,16 @@ class Pool:
         while len(self._workers) < self.size:
             self._launch()
 
+    def restart(self) -> None:
+        """Ends all workers, between two runs, and waits for others that begin anew.
+
+        Raises:
+            UserError: One cannot be started.
+        """
+        for worker in list(self._workers):
+            self._drop(worker)
+        self.wait_ready()
+
     def wait_ready(self) -> None:
         """Waits until every worker has imported what it needs.
 

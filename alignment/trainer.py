@@ -52,6 +52,7 @@ FILES = {
     "result.json": "this summary",
     "checkpoints": "what the run continues from; `align export` makes a model folder of one",
     "archive": "groups that may be trained on again",
+    "reward_models": "those that a stage has trained",
     "flight": "the last batches, for `align replay`",
     "tensorboard": "curves, for TensorBoard",
 }
@@ -138,6 +139,8 @@ def _run(
         try:
             _stages(job, saved)
         except Stopped as stopped:
+            if isinstance(stage := job.stage, RewardModelStage) and job.state.stage_step >= stage.steps:
+                write_members(job, stage)
             status = "complete" if _is_complete(recipe, job.state) else "interrupted"
             result = _result(job, checkpoints, status, stopped.exit_code)
         else:
@@ -171,6 +174,7 @@ def _stages(job: Job, saved: Saved | None) -> None:
             copy_policy(saved.folder, job.model.module)
         if isinstance(stage, RewardModelStage):
             write_members(job, stage)
+            job.scorer.restart()
         if job.state.stage + 1 == len(job.recipe.stages):
             return
         assert job.model.origin is not None

@@ -39,8 +39,10 @@ OPENERS = (
 )  # fmt: skip
 """Openers that fool judges by themselves, in the languages of the paper (from memory: Chinese, Japanese, Spanish)."""
 _VERDICT = re.compile(
-    r'"(?:evidence|first|second|score|verdict|rating)"\s*:|\[\[\s*(?:A|B|C|\d+)\s*\]\]|<\|?/?(?:im_end|im_start|eot_id|system)'
+    r'"evidence"\s*:.*"(?:first|second)"\s*:|^\s*\[\[\s*(?:A|B|C|\d+)\s*\]\]\s*$|<\|(?:im_end|im_start|eot_id|system)\|>',
+    re.DOTALL | re.MULTILINE,
 )
+"""A verdict in this judge's form, a bare one in the form of others, or a mark that ends a message of a chat."""
 
 
 @reward_functions.register(
@@ -69,8 +71,8 @@ class Judge:
     temperature: Annotated[float, option("of the judge's answers", ge=0)] = 1.0
     max_tokens: Annotated[int, option("of an answer", unit="tokens", ge=1)] = 512
     concurrency: Annotated[int, option("calls at once, of each scoring process", ge=1)] = 8
-    timeout_s: Annotated[float, option("for a call; keep it below scoring.timeout_s", unit="s", gt=0)] = 30.0
-    max_retries: Annotated[int, option("of a call that failed", ge=0)] = 3
+    timeout_s: Annotated[float, option("for a call", unit="s", gt=0)] = 20.0
+    max_retries: Annotated[int, option("of a call that failed", ge=0)] = 2
     key_env: Annotated[str, option("environment variable with the key, if it needs one")] = "OPENAI_API_KEY"
     cache: Annotated[
         str | None, option("folder of answers, shared by all processes, with the account usage.jsonl; null: none")
@@ -83,6 +85,12 @@ class Judge:
     def located(self, beside: Path, run: Path) -> Self:
         """A relative cache is in the folder of runs, so that runs share it."""
         return self if self.cache is None else replace(self, cache=str(run.resolve().parent / self.cache))
+
+    @property
+    def needs_s(self) -> float:
+        """The longest that a completion may take: what ``scoring.timeout_s`` has to allow."""
+        rounds = -(-2 * self.samples // self.concurrency)
+        return rounds * self.timeout_s * (1 + self.max_retries)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -127,7 +135,7 @@ class Judge:
             {"role": "user", "content": question(shown, first, second)},
         ]
         try:
-            found = parsed(ask(self.endpoint, messages, sample, SCHEMA))
+            found = parsed(ask(self.endpoint, messages, sample, SCHEMA, lambda text: parsed(text) is not None))
         except Exception as error:  # whatever the client raises: it is told, and the others count
             return f"{type(error).__name__}: {error}"
         if found is None:

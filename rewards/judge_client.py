@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,13 @@ class Endpoint:
     """Of a million tokens read, and written."""
 
 
-def ask(endpoint: Endpoint, messages: list[dict[str, str]], sample: int, schema: Mapping[str, Any]) -> str:
+def ask(
+    endpoint: Endpoint,
+    messages: list[dict[str, str]],
+    sample: int,
+    schema: Mapping[str, Any],
+    sound: Callable[[str], bool],
+) -> str:
     """What the judge says, from the cache if it was asked the same before.
 
     Calls that fail in transit, are refused for their number or meet an error of the server are made again, later each
@@ -45,6 +51,7 @@ def ask(endpoint: Endpoint, messages: list[dict[str, str]], sample: int, schema:
         messages: The question.
         sample: Which of several answers to the same question.
         schema: Of the verdict; servers that can keep to it are asked to.
+        sound: Whether an answer is worth keeping: others are asked for again the next time.
 
     Raises:
         UserError: The package or the key is missing.
@@ -67,11 +74,11 @@ def ask(endpoint: Endpoint, messages: list[dict[str, str]], sample: int, schema:
             },
         )
     except Exception as error:
-        _count(endpoint, None, str(error))
+        _count(endpoint, None, f"{type(error).__name__}: {error}"[:300])
         raise
     _count(endpoint, answer.usage, None)
     text = answer.choices[0].message.content or ""
-    if known is not None:
+    if known is not None and sound(text):
         replace_file(known, json.dumps({"text": text}).encode(), synced=False)
     return text
 

@@ -56,11 +56,14 @@ class RewardModel:
         return replace(self, path=str(beside_or_here(self.path, beside) or self.path))
 
     def missing(self, beside: Path, members: Mapping[str, int]) -> str | None:
-        """Why there will be no model. ``members`` says how many each stage of this run trains."""
+        """Why there will be no model. ``members`` says how many each stage of this run trains that is followed by one
+        that samples."""
         if self.path is None and self.stage is not None:
             there = ", ".join(members) or "none"
             if self.stage not in members:
-                return f"stage: no stage 'reward_model' of this recipe is called '{self.stage}' (there: {there})"
+                return (
+                    f"stage: no stage 'reward_model' before one that samples is called '{self.stage}' (there: {there})"
+                )
             if self.member >= members[self.stage]:
                 return f"member: stage '{self.stage}' has {members[self.stage]}, numbered from 0"
             return None

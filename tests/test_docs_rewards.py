@@ -114,8 +114,8 @@ def test_a_judge(folder: Path) -> None:
     with served(lambda *_: json.dumps({"evidence": "", "first": 9, "second": 3})) as (url, _):
         path = folder / "judged.yaml"
         page = YAML(typ="safe").load(RECIPES[5])
-        page["rewards"][0] |= {"base_url": url, "cache": str(folder / "judge_cache")}
+        page["rewards"][1] |= {"base_url": url, "cache": str(folder / "judge_cache")}
         path.write_text(json.dumps({**YAML(typ="safe").load(BASE), **page}))
         with Scorer.from_recipe(load([path])) as scorer:
             found = scorer.score([group(["four"], prompt="2+2=", answer="4")])[0]
-    assert columns(found) == [{"judge": 0.5}]
+    assert columns(found) == [{"numeric_match": 0.0, "judge": 0.5}]

@@ -144,6 +144,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert told == told_again
 
 
+def test_a_stop_in_the_last_step_leaves_the_models(tmp_path):
+    result = alignment.train(written(tmp_path, steps=2), sinks=[Recorder(stop_after=2)])
+    assert result["status"] == "complete" and "reward_models" in result["files"]
+    assert (Path(result["folder"]) / "reward_models/rm/member_0/value_model.json").is_file()
+
+
 def test_a_later_stage_is_rewarded_by_it(tmp_path):
     online = {
         "stage": "online", "name": "rl", "steps": 2, "prompts_per_step": 4, "group_size": 4,
@@ -177,8 +183,11 @@ def test_before_its_stage_is_done_it_does_not_apply(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": [{"name": "reward_model", "stage": "other"}]}, "no stage 'reward_model' of this recipe is called"),
-        ({"rewards": [{"name": "reward_model", "stage": "rm", "member": 1}]}, "stage 'rm' has 1, numbered from 0"),
+        (
+            {"rewards": [{"name": "reward_model", "stage": "other"}]},
+            "no stage 'reward_model' before one that samples is called",
+        ),
+        ({"rewards": [{"name": "reward_model", "stage": "rm"}]}, "before one that samples is called 'rm' .there: none"),
         ({"rewards": [{"name": "reward_model", "path": "nowhere"}]}, "nowhere holds no reward model"),
         ({"stages": [{**STAGE, "start": "nowhere"}]}, "there is no folder nowhere"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.algorithms.preferences import Pairs, PreferenceLoss, Rows
+from alignment.algorithms.preferences import Pairs, PreferenceLoss, Rows, preference_losses
 from alignment.algorithms.state import annotations, needs_of
 from alignment.types import Batch
 
@@ -111,7 +111,7 @@ class PreferenceObjective:
 
     def _names(self) -> list[str]:
         """Of the losses, told apart where one is there twice."""
-        names = [type(loss).__name__.lower() for loss, _ in self.losses]
+        names = [preference_losses.name_of(loss) for loss, _ in self.losses]
         return [name if names.count(name) == 1 else f"{name}.{i}" for i, name in enumerate(names)]
 
     def _part(self, i: int, loss: Any, state: Any, rows: Rows, pairs: Pairs, logp_BT: Tensor, micro: Batch) -> Tensor:

@@ -40,6 +40,7 @@ class Engines:
         """The batch is sampled and the learner comes next: an engine that shares its GPU gives the memory up."""
         if isinstance(self.transport, Colocated):
             self.transport.rest()
+            self.published = None  # what it had is gone
 
 
 @contextmanager
