@@ -47,7 +47,7 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
         Stopped: A graceful stop was asked for; ``job.state`` is the last completed step.
         UserError: A batch of samples could not be filled, too many rewards failed, or a file of the run is gone.
     """
-    learner, phases = job.engines.learner, job.phases
+    learner = job.engines.learner
     if state.stage_step == 0 and stage.needs_reference and any(map(stage.reference.share, range(1, stage.steps + 1))):
         learner.refresh_reference()  # one that moves is kept from the start, also under LoRA
     job.engines.rest()
@@ -58,20 +58,9 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
         job.stop.check()
         pairs, sealed = feed.take(state)
         state = state if sealed is None else sealed.state
-        metrics, batch = dict[str, float](before), None
-        before = {}
-        if pairs:
-            objective = stage.objective(state.components)
-            with phases("annotate"):
-                batch = _compared(job, stage, pairs, state.step)
-                needs = objective.needs - ({"reference"} if cache else set())
-                batch = learner.annotate(batch, needs)
-                metrics |= read_tokens(batch)
-                batch = batch if cache is None else cache.filled(batch, pairs)
-            job.settled = False
-            with phases("update"):
-                metrics |= learner.update(batch, objective)
-        else:
+        batch, metrics = _update(job, stage, pairs, state, cache) if pairs else (None, {})
+        metrics, before = {**before, **metrics}, {}
+        if batch is None:
             log.warning("step %d: no two completions of a prompt differ in reward: there is no pair", state.step + 1)
         job.settled = False
         if stage.needs_reference and (share := stage.reference.share(state.stage_step + 1)):
@@ -90,6 +79,21 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
         state = job.finish_step(state.next_step(), metrics | after, sealed)
     feed.close()
     return state
+
+
+def _update(
+    job: Job, stage: PreferenceStage, pairs: Sequence[Group], state: TrainState, cache: ReferenceCache | None
+) -> tuple[Batch, dict[str, float]]:
+    """One update on ``pairs``: the batch as it was learned from, and metrics."""
+    learner, objective = job.engines.learner, stage.objective(state.components)
+    with job.phases("annotate"):
+        needs = objective.needs - ({"reference"} if cache else set())
+        batch = learner.annotate(_compared(job, stage, pairs, state.step), needs)
+        read = read_tokens(batch)
+        batch = batch if cache is None else cache.filled(batch, pairs)
+    job.settled = False
+    with job.phases("update"):
+        return batch, learner.update(batch, objective) | read
 
 
 def _given(job: Job, stage: PreferenceStage) -> Feed:

@@ -191,6 +191,11 @@ def test_bad_options_are_refused(entry: dict[str, Any]) -> None:
 def test_every_reward_is_documented_and_survives_its_own_description(entry: Any) -> None:
     assert entry.summary.endswith((".", ";", ":")) or len(entry.summary) > 20
     assert all(o["description"] for o in entry.options())
-    component = entry.cls(**({"target_tokens": 3} if entry.name == "length" else {}))
+    needed = {
+        "length": {"target_tokens": 3},
+        "judge": {"base_url": "http://localhost:8000/v1", "model": "m"},
+        "reward_model": {"stage": "rm"},
+    }
+    component = entry.cls(**needed.get(entry.name, {}))
     assert reward_functions.build(reward_functions.dump(component)) == component
     assert dataclasses.is_dataclass(component)
