@@ -1,7 +1,7 @@
 """Components of every kind at once on vLLM, DeepSpeed and Ray: each has its effect, and a run that died and went on is
 the uninterrupted one.
 
-That each component does so on the embedded engines is said in ``test_curricula_learned.py``, ``test_weightings.py``,
+That components do so on the embedded engines is said in ``test_curricula_learned.py``, ``test_weightings.py``,
 ``algorithms/test_entropy_controls.py`` and ``test_mixing.py``.
 """
 

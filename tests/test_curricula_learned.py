@@ -18,6 +18,7 @@ from alignment.curricula import (
     Thompson,
     Uniform,
     curricula,
+    places,
     select_prompts,
     thompson,
     with_selector,
@@ -391,3 +392,23 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path, run):
         assert state["curricula.0"]["open"] == 2 and state["curricula.1"]["recent"]
     if "model" in run:
         assert state["curricula.1"]["version"] == 6 and state["curricula.1"]["error"] is not None
+
+
+@pytest.mark.parametrize(
+    "curriculum", [Thompson(oversample=4), PromptCurriculum(oversample=4)], ids=["thompson", "pcl"]
+)
+def test_no_prompt_is_chosen_twice_where_there_are_enough(curriculum):
+    """A data set smaller than the candidates: they run over the end of an epoch."""
+    pool = [Prompt(str(i), {"prompt": str(i)}) for i in range(100)]
+    chosen = with_selector((curriculum,))
+    states = {place: c.init() for place, c in places(chosen).items() if hasattr(c, "init")}
+
+    class Model:
+        version = 0
+
+        def values(self, asked):
+            return torch.tensor([int(p.id) / 100 for p in asked])
+
+    for step in range(3):
+        found, states = select_prompts(chosen, states, pool, 64, Context(step, 0, {"prompt_value": Model()}))
+        assert len({p.id for p in found}) == len(found) == 64

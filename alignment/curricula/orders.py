@@ -30,6 +30,13 @@ def next_of(name: str, seed: int, epoch: int, cursor: int, count: int, n: int) -
     return taken, epoch, cursor
 
 
+def distinct(prompts: Sequence[Prompt], n: int) -> Sequence[Prompt]:
+    """The candidates without repeats: over the end of an epoch a prompt may come twice. As they are where fewer than
+    ``n`` would be left."""
+    kept = list({prompt.id: prompt for prompt in prompts}.values())
+    return kept if n <= len(kept) < len(prompts) else prompts
+
+
 def order(name: str, seed: int, epoch: int, count: int) -> np.ndarray[Any, Any]:
     """All of ``count`` indices in the order of ``epoch``."""
     return (_few if count > LARGE else _many)(name, seed, epoch, count)

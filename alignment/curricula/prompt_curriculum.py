@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alignment.curricula.contract import curricula
+from alignment.curricula.orders import distinct
 from alignment.curricula.outcomes import mean_reward
 from alignment.registry import option
 from alignment.types import Context, Prompt, Signals, keyed_seed
@@ -55,6 +56,7 @@ class PromptCurriculum:
         self, state: Any, prompts: Sequence[Prompt], n: int, context: Context
     ) -> tuple[list[Prompt], dict[str, Any]]:
         """The nearest first, then those that explore. As many candidates as are wanted are taken as they come."""
+        prompts = distinct(prompts, n)
         if len(prompts) <= n:
             return list(prompts), dict(state)
         role = context.roles[ROLE]

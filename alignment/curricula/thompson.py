@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from alignment.curricula.contract import curricula
+from alignment.curricula.orders import distinct
 from alignment.curricula.outcomes import own
 from alignment.registry import option
 from alignment.types import Context, Prompt, Signals, keyed_seed
@@ -48,6 +49,7 @@ class Thompson:
         self, state: Any, prompts: Sequence[Prompt], n: int, context: Context
     ) -> tuple[list[Prompt], dict[str, Any]]:
         """Those whose drawn rates are nearest to the target, the nearest first."""
+        prompts = distinct(prompts, n)
         if len(prompts) <= n:
             return list(prompts), dict(state)
         a, b = self.beliefs(state, prompts, context.step)
