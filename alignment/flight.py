@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,9 +95,9 @@ class Watched:
         return self.objective.update_norm
 
     @property
-    def wants_entropy_grad(self) -> bool:
-        """As :attr:`Objective.wants_entropy_grad`."""
-        return self.objective.wants_entropy_grad
+    def entropies(self) -> Literal["none", "value", "gradient"]:
+        """As :attr:`Objective.entropies`."""
+        return self.objective.entropies
 
     @property
     def wants_logp(self) -> bool:

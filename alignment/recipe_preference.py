@@ -86,4 +86,5 @@ class PreferenceStage(RolloutStage):
 
     def objective(self, states: Any) -> PreferenceObjective:
         """The sum of the losses with their states."""
-        return PreferenceObjective([(loss, states.get(f"losses.{i}")) for i, loss in enumerate(self.losses)])
+        losses = [(loss, states.get(f"losses.{i}")) for i, loss in enumerate(self.losses)]
+        return PreferenceObjective(losses, entropies="value" if self.samples else "none")

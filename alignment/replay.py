@@ -110,7 +110,7 @@ def recompute(flight: Flight, recorded: Algorithm, algorithm: Algorithm, weights
     if weights_K is not None:
         batch = replace(batch, weights_K=weights_K)
     batch = _supplied(batch, flight, objective.needs() | algorithm.needs)
-    if objective.wants_entropy_grad and any(c.entropy_BT is None for u in flight.updates for c in u.calls):
+    if objective.entropies == "gradient" and any(c.entropy_BT is None for u in flight.updates for c in u.calls):
         raise UserError(_lacking(flight, "entropy"))
     batch = credit(batch, algorithm, states)
     pull_BT = torch.zeros(batch.ids_BT.shape)

@@ -1,8 +1,7 @@
 """One side of `grpo_vs_trl.py`, in a process of its own: `python grpo_sides.py ours|trl FOLDER`.
 
-It takes a step whenever its standard input says so, by a line, and answers with a line of JSON that begins with `@`:
-first `{"checksum": ...}` of the weights it starts from, then for each step its seconds, those of its phases, the CPU
-time of the process, and the number of completion tokens. Whatever a side does between two steps is in its seconds.
+`lockstep.py` says how it is asked for steps and what it answers; with each step come the seconds of its phases and the
+number of completion tokens.
 """
 
 import json

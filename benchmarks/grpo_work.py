@@ -69,8 +69,7 @@ class Work:
 
 def prepare(folder: Path, work: Work) -> None:
     """Writes model, tokenizer, prompts, the reward and the sizes, for both sides to read."""
-    _model(work).save_pretrained(folder / "model")
-    _tokenizer(work).save_pretrained(folder / "model")
+    save_model(folder / "model", work)
     shutil.copy(Path(__file__).with_name("parity_reward.py"), folder / "step_reward.py")
     drawn = random.Random(work.seed)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
@@ -78,6 +77,12 @@ def prepare(folder: Path, work: Work) -> None:
             words = (f"t{drawn.randrange(SPECIAL, work.vocabulary)}" for _ in range(work.prompt_tokens))
             file.write(json.dumps({"prompt": " ".join(words), "parity": drawn.randrange(2)}) + "\n")
     (folder / "work.json").write_text(json.dumps(dataclasses.asdict(work)), encoding="utf-8")
+
+
+def save_model(folder: Path, work: Work) -> None:
+    """Writes a random model of these sizes and its tokenizer."""
+    _model(work).save_pretrained(folder)
+    _tokenizer(work).save_pretrained(folder)
 
 
 def read(folder: Path) -> Work:

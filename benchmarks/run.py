@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 NAMES = (
     "quickstart",
     "grpo_vs_trl",
+    "dpo_vs_trl",
     "logprobs",
     "long_tailed",
     "controller",

@@ -199,6 +199,13 @@ def test_online_and_iterative_are_one_recipe_with_other_intervals(tmp_path):
     assert seen[3] == [48, None, None, 48, None, None]
 
 
+def test_entropies_are_computed_where_completions_are_sampled(tmp_path):
+    for name, build in (("given", lambda f: recipe(f, given(steps=1))), ("sampled", lambda f: sampled(f, steps=1))):
+        (tmp_path / name).mkdir()
+        (record,) = (r for r in lines(trained(build(tmp_path / name))["folder"]) if r["kind"] == "train")
+        assert ("entropy" in record) == (name == "sampled") and record["logp"] < 0
+
+
 def test_a_curriculum_with_a_model_of_its_own_chooses_what_is_sampled(tmp_path):
     stage = {
         "curricula": [{"name": "prompt_curriculum", "oversample": 2}],

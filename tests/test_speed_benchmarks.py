@@ -71,6 +71,18 @@ def test_a_step_with_each_entropy_control_is_measured_beside_one_without(tmp_pat
     assert all(row["from"] <= row["times the step with its passes"] <= row["to"] for row in table["rows"])
 
 
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("sft", marks=pytest.mark.full)])
+def test_a_step_is_measured_beside_trls(kind, tmp_path):
+    """It compares weights, rows and the loss of every step itself."""
+    quick = ["--quick", "--kinds", kind, "--precision", "float32", "--lengths", "mixed"]
+    done = run("benchmarks/dpo_vs_trl.py", *quick, "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    speeds, costs = json.loads((tmp_path / "result.json").read_text())["tables"]
+    assert [row["step"] for row in speeds["rows"]] == [f"{kind}, mixed lengths, float32"]
+    assert all(row["ratio"] > 0 and row["filled up"] > 1 for row in speeds["rows"])
+    assert all(row[f"{side}, MiB"] > 0 for row in costs["rows"] for side in ("ours", "trl"))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["prompt_curriculum", "vllm_throughput", "decoding", "transport", "quickstart"])
 def test_the_benchmarks_of_the_real_engines_run(name, tmp_path):

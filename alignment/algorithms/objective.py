@@ -8,7 +8,7 @@ whatever they hold.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -107,9 +107,11 @@ class Objective:
         return asked | {"old_logp"} if self.epochs * self.minibatches > 1 or staleness > 0 else asked
 
     @property
-    def wants_entropy_grad(self) -> bool:
-        """Whether :meth:`loss` must be given entropies that carry a gradient."""
-        return any(getattr(control, "entropy_gradient", False) for control, _ in self.entropy_controls)
+    def entropies(self) -> Literal["none", "value", "gradient"]:
+        """What :meth:`loss` is to be given: with a gradient where a control uses them, none where all is imitated."""
+        if any(getattr(control, "entropy_gradient", False) for control, _ in self.entropy_controls):
+            return "gradient"
+        return "none" if self.imitate else "value"
 
     @property
     def wants_logp(self) -> bool:
@@ -145,8 +147,8 @@ class Objective:
 
         Args:
             logp_BT: Log-probabilities of the batch's tokens under the policy, in nats, with gradient.
-            entropy_BT: Entropies at the same positions, in nats, with gradient if :attr:`wants_entropy_grad`; None
-                where nobody computed them.
+            entropy_BT: Entropies at the same positions, in nats, as :attr:`entropies` says; None where nobody
+                computed them.
             micro: Rows of a batch that :meth:`prepare` returned.
 
         Returns:
@@ -174,7 +176,7 @@ class Objective:
             pull_BT = _product(self._pull(logp_BT, micro), weights)
             metrics |= {"entropy": entropy_BT, "entropy_predicted": pull_BT * own_change(logp_BT, entropy_BT).detach()}
         else:
-            assert not self.wants_entropy_grad, "an entropy control's penalty needs entropies"
+            assert self.entropies != "gradient", "an entropy control's penalty needs entropies"
         penalty_BT = self._penalties(logp_BT, entropy_BT, micro)
         if penalty_BT is not None:
             metrics["entropy_penalty"] = penalty_BT

@@ -7,7 +7,7 @@ keeps rows of a group in one micro-batch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class PreferenceObjective:
     minibatches: int = 1
     lr_factor: float = 1.0
     update_norm: bool = False
-    wants_entropy_grad: bool = False
+    entropies: Literal["none", "value"] = "none"
+    """Whether those of the policy are reported, as of one that samples its own completions."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,7 +70,7 @@ class PreferenceObjective:
 
         Args:
             logp_BT: Log-probabilities of the tokens under the policy, in nats, with gradient.
-            entropy_BT: For reports.
+            entropy_BT: As :attr:`entropies` says.
             micro: Rows of a batch that :meth:`prepare` returned.
         """
         assert micro.pair_scale_B is not None and micro.row_scale_B is not None, "prepare the whole mini-batch first"
@@ -96,8 +97,8 @@ class PreferenceObjective:
         ``loss``, and of each loss ``loss/NAME``; counts ``pairs``, ``rows`` and ``tokens``; means per pair:
         ``accuracy/pairs`` (the share whose preferred completion has the higher implicit reward), ``margin``,
         ``ratio/chosen`` and ``ratio/rejected`` (nats; without a reference log-probabilities per token),
-        ``logp/chosen``, ``logp/rejected``, ``length/chosen`` and ``length/rejected``; ``entropy`` and ``logp`` per
-        trained token; ``kl_shift``, KTO's z.
+        ``logp/chosen``, ``logp/rejected``, ``length/chosen`` and ``length/rejected``; ``logp`` and, if it was computed,
+        ``entropy`` per trained token; ``kl_shift``, KTO's z.
         """
         totals = {name: float(value) for name, value in sums.items()}
         pairs, tokens = totals.pop("pairs"), totals.pop("tokens")

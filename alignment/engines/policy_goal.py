@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -34,8 +34,8 @@ class PolicyObjective(Goal, Protocol):
     """What the learner asks of :class:`alignment.algorithms.objective.Objective`."""
 
     @property
-    def wants_entropy_grad(self) -> bool:
-        """Whether the loss uses the entropy, beyond reporting it."""
+    def entropies(self) -> Literal["none", "value", "gradient"]:
+        """What :meth:`loss` is to be given: none, those it reports, or with a gradient those it uses."""
         ...
 
     @property
@@ -88,8 +88,7 @@ class PolicyGoal:
         return prepared if self.head is None else self.head.prepare(minibatch, prepared)
 
     def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        entropy = "gradient" if self.objective.wants_entropy_grad else "value"
-        logp_BT, entropy_BT, *output = self.backend.forward(micro, entropy, self.head is not None)
+        logp_BT, entropy_BT, *output = self.backend.forward(micro, self.objective.entropies, self.head is not None)
         if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none: all ranks go backward together
             return sum(map(nothing_of, output), start=nothing_of(logp_BT)), {}
         loss, sums = self.objective.loss(logp_BT, entropy_BT, micro)

@@ -124,7 +124,7 @@ def test_kl_cov_takes_known_tokens_and_charges_for_the_distance(make_batch):
     # |-2 + .4| and |-2 + 4.5|, each over 4 tokens
     assert float((loss - other).detach()) == pytest.approx(3.0 * (1.6 + 2.5) / 4, rel=1e-6)
     assert gradient_BT[:, 1].tolist() == pytest.approx([-0.75, 0.75, 0.0, 0.0], abs=1e-6)
-    assert not objective.wants_entropy_grad and objective.wants_logp
+    assert objective.entropies == "value" and objective.wants_logp
 
 
 def test_kl_cov_with_coefficient_0_is_the_unclipped_policy_gradient(make_batch):

@@ -233,7 +233,7 @@ def test_weights_of_controls_multiply_and_see_the_whole_mini_batch(make_batch):
     close(gradient_BT[:, 1], [-2.0 * 3.0 / 2, 1.0 * 0.75 / 2])
     assert objective.finish(sums)["control_weight"] == pytest.approx(0.625)
     assert objective.finish(sums)["control_dropped"] == 0
-    assert not objective.wants_entropy_grad
+    assert objective.entropies == "value"
 
 
 def test_needs_are_what_is_used():
@@ -250,10 +250,11 @@ def test_needs_are_what_is_used():
     assert Objective.supervised().needs() == frozenset()
 
 
-def test_entropies_with_gradient_are_wanted_only_when_used():
-    assert not Objective.of(Algorithm(), {}).wants_entropy_grad
-    assert Objective.of(Algorithm(entropy_controls=(Bonus(),)), {}).wants_entropy_grad
-    assert not Objective.of(Algorithm(entropy_controls=(Bonus(coefficient=0.0),)), {}).wants_entropy_grad
+def test_entropies_are_wanted_with_a_gradient_only_where_they_are_used_and_not_at_all_of_imitation():
+    assert Objective.of(Algorithm(), {}).entropies == "value"
+    assert Objective.of(Algorithm(entropy_controls=(Bonus(),)), {}).entropies == "gradient"
+    assert Objective.of(Algorithm(entropy_controls=(Bonus(coefficient=0.0),)), {}).entropies == "value"
+    assert Objective.supervised().entropies == "none"
 
 
 def test_a_penalty_is_shown_entropies_only_if_it_says_that_it_differentiates_them(make_batch):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -104,8 +104,8 @@ class Reinforce:
     update_norm: bool = False
 
     @property
-    def wants_entropy_grad(self) -> bool:
-        return self.entropy_bonus != 0
+    def entropies(self) -> Literal["none", "value", "gradient"]:
+        return "gradient" if self.entropy_bonus else "value"
 
     @property
     def wants_logp(self) -> bool:
