@@ -1,0 +1,86 @@
+"""Steps of a preference stage on any learner: what the tests of preferences on ranks do there and in one process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignment.algorithms.preference_objective import PreferenceObjective
+from alignment.batching import collate
+from alignment.data.demonstrations import Shown
+from alignment.data.sides import PAIRED, pair_of
+from alignment.engines.policy_learner import PolicyLearner
+from alignment.pairings import compared
+from alignment.references import Reference
+from alignment.types import Batch, Group, Prompt
+from tests.engines.rank_checks import rank_of, whole_weights
+
+PAIRS_OF_A_STEP = 5
+"""An odd number: two ranks have unlike shares."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is learned by, beside what."""
+
+    losses: tuple[Any, ...]
+    reference: Reference
+    kind: str = "tiny"
+    """Of model."""
+    steps: int = 3
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether a loss asks for other prompts' completions."""
+        return any(hasattr(loss, "mismatched") for loss in self.losses)
+
+
+def pairs(step: int) -> list[Group]:
+    """Pairs of prompts of 3 tokens and completions of 2 to 8."""
+    generator = torch.Generator().manual_seed(step)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(1, 19, (count,), generator=generator).tolist())
+
+    def shown(count: int) -> Shown:
+        return Shown(tokens(count), (True,) * count, (("assistant", 0, count),), "")
+
+    made = []
+    for uid in range(PAIRS_OF_A_STEP):
+        lengths: Sequence[int] = torch.randint(2, 9, (2,), generator=generator).tolist()
+        key = f"{step}.{uid}"
+        sides = {name: {key: shown(count)} for name, count in zip(PAIRED, lengths, strict=True)}
+        made.append(pair_of(uid, Prompt(key, {"prompt": key}), tokens(3), sides))
+    return made
+
+
+def batch_of(case: Case, step: int) -> Batch:
+    """As the stage makes it."""
+    groups, sides = compared(pairs(step), case.mismatched, None)
+    return replace(collate(groups, 0, (), (), step), side_B=torch.tensor(sides, dtype=torch.int8))
+
+
+def steps_of(case: Case, learner: PolicyLearner) -> tuple[list[dict[str, float]], np.ndarray]:
+    """Metrics of each step, and the reference's log-probabilities of one more batch."""
+    objective = PreferenceObjective([(loss, None) for loss in case.losses])
+    if any(map(case.reference.share, range(1, case.steps + 1))):
+        learner.refresh_reference()
+    metrics = []
+    for step in range(case.steps):
+        batch = learner.annotate(batch_of(case, step), objective.needs)
+        metrics.append(learner.update(batch, objective))
+        if share := case.reference.share(step + 1):
+            learner.refresh_reference(share)
+    last = learner.annotate(batch_of(case, case.steps), {"reference"}).ref_logp_BT
+    assert last is not None
+    return metrics, last.cpu().numpy().copy()
+
+
+def prefer(case: Case, **options: Any) -> tuple[list[dict[str, float]], np.ndarray, dict[str, np.ndarray]]:
+    """:func:`steps_of` on this rank, and the weights after them."""
+    learner = rank_of(case.kind, reference=True, **options)
+    result = *steps_of(case, learner), whole_weights(learner)
+    learner.close()
+    return result
