@@ -658,6 +658,8 @@ def test_from_a_recipe(lab: Path) -> None:
         scoring=SimpleNamespace(workers=2, timeout_s=5.0),
         plugins=["lab"],
         plugin_folders=(lab,),
+        folder=lab,
+        run=SimpleNamespace(folder=str(lab / "run")),
     )
     with Scorer.from_recipe(recipe) as it:
         it.check()
