@@ -1,5 +1,6 @@
 """Curricula: the epochs of uniform, the band of the difficulty filter, and how a list of them composes."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 
 from alignment.curricula import (
     DifficultyFilter,
+    SampleBuffer,
+    Shuffled,
     Uniform,
     curricula,
     keeps,
@@ -24,6 +27,7 @@ from alignment.curricula.filters import informative_share, optimum_kl
 from alignment.errors import UserError
 from alignment.score import Score
 from alignment.types import Context, Group, Prompt, Rollout, SamplingParams
+from tests.curricula_helpers import signals
 
 AT = Context(step=0, seed=0)
 
@@ -155,6 +159,28 @@ def test_the_filter_is_named_where_it_drops():
 def test_a_band_that_holds_nothing_is_refused(options):
     with pytest.raises(ValidationError, match="must be"):
         curricula.build({"name": "difficulty_filter", **options})
+
+
+def test_a_shuffled_filter_drops_as_much_as_the_other_and_not_the_same():
+    filter_, n = Shuffled(of=DifficultyFilter(max_refills=3, on_exhausted="short")), 600
+    groups = [replace(group(*([1.0, 0.0] if i % 3 else [0.0, 0.0]), uid=i), prompt=p) for i, p in enumerate(prompts(n))]
+    assert (filter_.max_refills, filter_.on_exhausted, filter_.min_group_size) == (3, "short", 2)
+    state = filter_.init()
+    assert all(filter_.keep(state, g) for g in groups), "before any decision nothing is dropped"
+    state = filter_.observe(state, signals(groups))
+    kept, wanted = [filter_.keep(state, g) for g in groups], [i % 3 > 0 for i in range(n)]
+    assert abs(sum(kept) - 400) < 5 * math.sqrt(n * 2 / 9), "two of three, within five standard errors"
+    agree = sum(a == b for a, b in zip(kept, wanted, strict=True)) / n
+    assert abs(agree - 5 / 9) < 5 * math.sqrt(20 / 81 / n), "by chance alone"
+    assert kept == [filter_.keep(json.loads(json.dumps(state)), g) for g in groups]
+    assert filter_.observe(state, signals([])) == state
+
+
+def test_only_a_filter_can_be_shuffled():
+    with pytest.raises(UserError, match="'uniform' is not a filter alone"):
+        Shuffled(of=Uniform())
+    with pytest.raises(UserError, match="'sample_buffer' is not a filter alone"):
+        Shuffled(of=SampleBuffer())
 
 
 def test_how_likely_a_group_says_something():

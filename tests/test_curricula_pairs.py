@@ -7,13 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from alignment.cli import app
-from alignment.curricula import PAIRS, curricula, pair
+from alignment.curricula import PAIRS, DifficultyFilter, Shuffled, Thompson, Uniform, curricula, pair, remarks
 from alignment.curricula.pairs import DRAWERS, REFINERS
 from alignment.recipe import load
 from tests.recipes_for_tests import only, problems, write
 
 PAGE = (Path(__file__).parents[1] / "docs/curricula.md").read_text(encoding="utf-8")
-OURS = [entry.name for entry in curricula if entry.cls.__module__.startswith("alignment.")]
+OURS = [e.name for e in curricula if e.cls.__module__.startswith("alignment.") and e.name != "shuffled"]
 SIGNS = {"works": "works", "warns": "**warns**", "refused": "refused"}
 
 
@@ -49,6 +49,12 @@ def test_the_page_shows_the_table_and_the_reasons():
 
 def test_a_component_from_elsewhere_works_with_all():
     assert pair("mine", "uniform").verdict == "works"
+
+
+def test_a_shuffled_filter_goes_with_what_the_filter_goes_with():
+    for other in (Thompson(), Uniform()):
+        said = [[*remarks((Uniform(), other, f))] for f in (DifficultyFilter(), Shuffled(of=DifficultyFilter()))]
+        assert said[0] == said[1]
 
 
 NEEDED = ["stages.1.prompt_value=model"]

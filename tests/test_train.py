@@ -338,6 +338,7 @@ MATRIX: list[dict[str, Any]] = [
     {"entropy_controls": ["bonus", "adaptive_bonus"]},
     {"entropy_controls": [{"name": "steer", "omega": "exact"}, "high_entropy"], "epochs": 2},
     {"entropy_controls": ["clip_cov", "kl_cov"], "policy_loss": "reinforce", "epochs": 2},
+    {"entropy_controls": [{"name": "shuffled", "of": "steer"}], "epochs": 2},
 ]
 
 

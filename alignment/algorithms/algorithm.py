@@ -14,6 +14,7 @@ from alignment.algorithms import (  # noqa: F401 - they register components
     normalised_sum,
     off_policy_mixers,
     recap,
+    shuffled,
     steer,
 )
 from alignment.algorithms.advantages import Advantage, Grpo, advantages

@@ -13,6 +13,7 @@ from alignment.curricula.pairs import PAIRS, Pair, pair, remarks
 from alignment.curricula.prompt_curriculum import PromptCurriculum
 from alignment.curricula.sample_buffer import SampleBuffer
 from alignment.curricula.self_evolving import SelfEvolving
+from alignment.curricula.shuffled import Shuffled
 from alignment.curricula.thompson import Thompson
 from alignment.curricula.uniform import Uniform
 
@@ -26,6 +27,7 @@ __all__ = [
     "PromptCurriculum",
     "SampleBuffer",
     "SelfEvolving",
+    "Shuffled",
     "Thompson",
     "Uniform",
     "curricula",

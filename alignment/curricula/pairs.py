@@ -6,6 +6,7 @@ from itertools import combinations, combinations_with_replacement
 from typing import Literal
 
 from alignment.curricula.contract import Curriculum, curricula
+from alignment.curricula.shuffled import Shuffled
 
 Verdict = Literal["works", "warns", "refused"]
 DRAWERS = ("instance_filter", "level_schedule", "self_evolving", "uniform")
@@ -73,7 +74,7 @@ def pair(a: str, b: str) -> Pair:
 
 def remarks(chosen: Sequence[Curriculum]) -> Iterator[tuple[Verdict, str]]:
     """What is to be said of a list: of each pair that does not just work, and of a buffer with nothing to fill."""
-    names = [curricula.name_of(c) for c in chosen]
+    names = [curricula.name_of(c.of if isinstance(c, Shuffled) else c) for c in chosen]
     for a, b in dict.fromkeys(combinations(names, 2)):
         found = pair(a, b)
         if found.verdict != "works":

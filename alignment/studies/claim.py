@@ -83,10 +83,19 @@ class Gate(Section):
 
 
 class Control(Section):
-    """An arm that must come out as another one does, bit for bit; compared on the first report seed."""
+    """An arm whose outcome is known beforehand: as another one's, bit for bit, or no better than it."""
 
     arm: Label
-    equals: Label
+    equals: Label | None = None
+    """Compared on the first report seed; the arm is trained on that alone."""
+    no_better_than: Label | None = None
+    """For an arm whose signal is shuffled: tuned and reported as any other, and its interval over this one must not lie
+    above 0."""
+
+    @property
+    def other(self) -> str:
+        """The arm that it is compared with."""
+        return self.equals or self.no_better_than or ""
 
 
 class Budget(Section):
@@ -130,8 +139,8 @@ class Claim(Section):
 
     @property
     def compared(self) -> dict[str, Arm]:
-        """The arms that are tuned and reported: all but the controls."""
-        controls = {c.arm for c in self.controls}
+        """The arms that are tuned and reported: all but those that must equal another one."""
+        controls = {c.arm for c in self.controls if c.equals}
         return {name: arm for name, arm in self.arms.items() if name not in controls}
 
 
@@ -185,8 +194,9 @@ def _conflicts(claim: Claim) -> list[tuple[Place, str]]:
     named: list[tuple[Place, str]] = [(("primary", "arm"), claim.primary.arm)]
     named += [(("primary", "against"), claim.primary.against)]
     named += [(("gate", i, "arm"), gate.arm) for i, gate in enumerate(claim.gate)]
+    keys = ("arm", "equals", "no_better_than")
     named += [
-        (("controls", i, key), getattr(c, key)) for i, c in enumerate(claim.controls) for key in ("arm", "equals")
+        (("controls", i, key), name) for i, c in enumerate(claim.controls) for key in keys if (name := getattr(c, key))
     ]
     for place, name in named:
         if name not in claim.arms:
@@ -195,7 +205,12 @@ def _conflicts(claim: Claim) -> list[tuple[Place, str]]:
         elif (
             name not in claim.compared and place[-1] != "arm" or (place[0] != "controls" and name not in claim.compared)
         ):
-            found.append((place, f"'{name}' is a control, which is not measured"))
+            found.append((place, f"'{name}' is a control that equals another arm, and is not measured"))
+    for i, control in enumerate(claim.controls):
+        if (control.equals is None) == (control.no_better_than is None):
+            found.append((("controls", i), "takes exactly one of equals and no_better_than"))
+        elif control.arm == control.other:
+            found.append((("controls", i), "an arm cannot be compared with itself"))
     if claim.primary.arm == claim.primary.against:
         found.append((("primary", "against"), "an arm cannot be compared with itself"))
     if sum(value is not None for value in claim.budget.model_dump().values()) != 1:

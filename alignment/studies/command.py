@@ -103,7 +103,9 @@ def _refuse_another_claim(plan: Study) -> None:
             f"measured; {remedy}"
         )
     if known["digest"] != own["digest"]:
-        raise UserError(f"the recipe {plan.read.recipe} is not what {plan.folder} was begun with; {remedy}")
+        raise UserError(
+            f"the recipe {plan.read.recipe}, or a module beside it, is not what {plan.folder} was begun with; {remedy}"
+        )
 
 
 def _list(plan: Study, cells: Cells | None, console: Console) -> None:

@@ -14,6 +14,7 @@ from alignment.recipe_sections import JsonlSink
 from alignment.recipe_tree import Mark, Place, Problem, RecipeError
 from alignment.studies.claim import Claim, ReadClaim
 from alignment.studies.cost import Sizes, sizes_of
+from alignment.studies.sources import sources
 
 Kind = Literal["warm-up", "tune", "report", "control"]
 QUICK_STEPS = 2
@@ -79,6 +80,11 @@ class Study:
         points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         return points[:1] if self.quick else points
 
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """SHA-256 of the recipe and of what it brings of its own, by path from there."""
+        return sources(self.read.recipe, self._loaded("", 0))
+
     def warm_ups(self) -> list[Task]:
         """One for each seed, if there is a warm-up."""
         seeds = [*dict.fromkeys([task.seed for task in self.tuning()] + [*self.report_seeds])]
@@ -99,7 +105,7 @@ class Study:
         """Every arm at its point on every report seed, and the controls on the first."""
         found = [Task("report", arm, chosen[arm], seed) for seed in self.report_seeds for arm in self.claim.compared]
         first = self.report_seeds[0]
-        controls = {c.arm: Task("control", c.arm, chosen[c.equals], first) for c in self.claim.controls}
+        controls = {c.arm: Task("control", c.arm, chosen[c.equals], first) for c in self.claim.controls if c.equals}
         return [*found, *controls.values()]
 
     def recipe(self, task: Task) -> Recipe:

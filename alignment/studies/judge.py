@@ -30,8 +30,8 @@ def results_of(study: Study, cells: Cells, chosen: Mapping[str, int]) -> dict[st
     own = {(t.arm, t.seed): row(cells, t) for t in tasks if t.kind == "report"}
     _refuse_unjudged(own)
     gates, controls = _gates(study, own), _controls(study, cells, tasks, own)
-    effect = _effect(study, own)
-    passed = all(control["equal"] for control in controls)
+    effect = _contrast(own, claim.primary.arm, claim.primary.against, claim.level)
+    passed = all(control["passed"] for control in controls)
     low, high = effect.pop("ends")
     verdict = word(effect["mean"], (low, high), claim.primary.minimum_effect, all(g["met"] for g in gates))
     if not passed and verdict != "regime not reached":
@@ -41,6 +41,7 @@ def results_of(study: Study, cells: Cells, chosen: Mapping[str, int]) -> dict[st
         "verdict": "quick: no verdict" if study.quick else verdict,
         "claim": claim.claim,
         "claim_sha256": study.read.sha256,
+        "sources_sha256": study.sources,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
         "seeds": {"tune": list(claim.tune.seeds) if claim.tune else [], "report": list(study.report_seeds)},
         "measure": claim.measure.model_dump() | {"over": claim.unit, "budget": study.budget},
@@ -74,9 +75,10 @@ def paired(own: Mapping[tuple[str, int], Mapping[str, Any]], a: str, b: str) -> 
     ], crossed
 
 
-def _effect(study: Study, own: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
-    values, crossed = paired(own, study.claim.primary.arm, study.claim.primary.against)
-    ends = bootstrap_interval(values, crossed, study.claim.level)
+def _contrast(own: Mapping[tuple[str, int], Mapping[str, Any]], arm: str, other: str, level: float) -> dict[str, Any]:
+    """The effect of an arm over another; ``ends`` are those of its interval, infinite where one seed has none."""
+    values, crossed = paired(own, arm, other)
+    ends = bootstrap_interval(values, crossed, level)
     by_seed = [fmean(of_seed) for of_seed in values]
     told = {"mean": fmean(by_seed), "interval": _finite(ends), "differences": by_seed, "same_problems": crossed}
     return told | {"ends": ends}
@@ -131,13 +133,18 @@ def _gates(study: Study, own: Mapping[tuple[str, int], Mapping[str, Any]]) -> li
 def _controls(
     study: Study, cells: Cells, tasks: list[Task], own: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Whether each control ended with the same weights, at the same step, and with the same verdicts on the way."""
+    """Whether each control ended with the same weights, at the same step, and with the same verdicts on the way; or
+    was no better than its baseline."""
     found: list[dict[str, Any]] = []
     for control in study.claim.controls:
-        [task] = [t for t in tasks if t.kind == "control" and t.arm == control.arm]
-        mine, other = row(cells, task), own[control.equals, task.seed]
-        equal = all(mine[name] == other[name] for name in ("policy", "problems", "curve"))
-        found.append(control.model_dump() | {"equal": equal})
+        if control.no_better_than is not None:
+            effect = _contrast(own, control.arm, control.no_better_than, study.claim.level)
+            told = {"mean": effect["mean"], "interval": effect["interval"], "passed": not effect["ends"][0] > 0}
+        else:
+            [task] = [t for t in tasks if t.kind == "control" and t.arm == control.arm]
+            mine, other = row(cells, task), own[control.other, task.seed]
+            told = {"passed": all(mine[name] == other[name] for name in ("policy", "problems", "curve"))}
+        found.append(control.model_dump(exclude_none=True) | told)
     return found
 
 

@@ -59,10 +59,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
     if results["controls"]:
         lines += ["", "| control | |", "|---|---|"]
-        lines += [
-            f"| {c['arm']} equals {c['equals']}, bit for bit | {'yes' if c['equal'] else '**no**'} |"
-            for c in results["controls"]
-        ]
+        lines += [f"| {_control(c)} | {'yes' if c['passed'] else '**no**'} |" for c in results["controls"]]
     if results["papers"]:
         lines += ["", "| arm | what the papers say | source |", "|---|---|---|"]
         lines += [f"| {p['arm'] or 'all'} | {p['says']} | {p['source']} |" for p in results["papers"]]
@@ -128,6 +125,12 @@ def _measure(measure: Mapping[str, Any]) -> str:
 def _score(measure: Mapping[str, Any]) -> str:
     of = "" if measure["problems"] == "*" else f" of {measure['problems']}"
     return ("accuracy" if measure["pass_at"] == 1 else f"pass@{measure['pass_at']}") + of
+
+
+def _control(control: Mapping[str, Any]) -> str:
+    if "equals" in control:
+        return f"{control['arm']} equals {control['equals']}, bit for bit"
+    return f"{control['arm']} no better than {control['no_better_than']}: {control['mean']:+.4f} {_span(control)}"
 
 
 def _asked(gate: Mapping[str, Any]) -> str:

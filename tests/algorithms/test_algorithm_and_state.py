@@ -26,7 +26,7 @@ KINDS = {
     "corrections": {"tis", "icepop", "sequence_tis", "sequence_mask", "geometric_mask"},
     "weightings": {"fixed", "normalised", "normalise_then_sum", "hypervolume", "gradient", "lagrangian", "ensemble"}
     | {"recap"},
-    "entropy_controls": {"bonus", "adaptive_bonus", "high_entropy", "steer", "clip_cov", "kl_cov"},
+    "entropy_controls": {"bonus", "adaptive_bonus", "high_entropy", "steer", "clip_cov", "kl_cov", "shuffled"},
     "mixers": {"none", "blend", "hpt", "relift", "luffy", "srft", "amft", "grao"},
 }
 
@@ -35,6 +35,7 @@ REQUIRED = {
     "constant": {"length": 9},
     "lagrangian": {"thresholds": {"b": 0.5}},
     "ensemble": {"members": ["a", "b"]},
+    "shuffled": {"of": {"name": "steer", "lambda_min": 0.5}},
 }
 """Options without a default."""
 

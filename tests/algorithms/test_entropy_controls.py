@@ -9,12 +9,14 @@ import torch
 
 from alignment.algorithms.aggregations import TokenMean
 from alignment.algorithms.covariance import ClipCov, KlCov, covariances
-from alignment.algorithms.entropy_controls import AdaptiveBonus, HighEntropy, PenaltyView
+from alignment.algorithms.entropy_controls import AdaptiveBonus, Bonus, HighEntropy, PenaltyView
 from alignment.algorithms.objective import Objective
 from alignment.algorithms.policy_losses import Reinforce
+from alignment.algorithms.shuffled import Shuffled
 from alignment.algorithms.steer import Steer
 from alignment.algorithms.tokens import in_order, keyed_numbers, share_down, share_up
-from alignment.types import Context, Signals
+from alignment.errors import UserError
+from alignment.types import SOURCES, Context, Signals
 
 
 def column(values):
@@ -196,6 +198,39 @@ def test_keyed_numbers_are_uniform_and_know_nothing_of_the_batch_around_them(mak
     for row, position, number in zip(*own, keyed_numbers(part, own, "x"), strict=True):
         assert number == wanted[int(part.key_B[row]), int(position)]
     assert not torch.equal(numbers_N, keyed_numbers(batch, places, "y"))
+
+
+# Nothing to tell
+
+
+def test_shuffled_weights_are_the_same_ones_at_other_tokens_of_the_policy(make_batch):
+    adv, numbers = [float(i % 5) - 2 for i in range(64)], torch.arange(64) / 64
+    batch = batch_of(make_batch, adv, (-3 * numbers - 0.1).tolist(), entropy_BT=column(numbers.tolist()))
+    demonstrations = torch.arange(64) < 4
+    batch = replace(batch, source_B=torch.where(demonstrations, SOURCES.index("demonstration"), batch.source_B))
+    for control in (Steer(lambda_min=0.5), HighEntropy(share=0.3)):
+        plain = control.prepare(None, batch)
+        shuffled = Shuffled(of=control).prepare(None, batch)
+        assert plain is not None and shuffled is not None
+        assert torch.equal(plain[demonstrations], shuffled[demonstrations])
+        assert torch.equal(plain[~demonstrations, 1].sort().values, shuffled[~demonstrations, 1].sort().values)
+        assert not torch.equal(plain, shuffled)
+        another = Shuffled(of=control).prepare(None, replace(batch, step=batch.step + 1))
+        assert another is not None and not torch.equal(another, shuffled), "another order in each step"
+
+
+def test_shuffled_marks_are_as_many(make_batch):
+    batch = batch_of(make_batch, [float(i) for i in range(32)], [-0.1 * i - 0.1 for i in range(32)])
+    plain, shuffled = KlCov(share=0.25).mark(None, batch), Shuffled(of=KlCov(share=0.25)).mark(None, batch)
+    assert shuffled.sum() == plain.sum() == 8 and not torch.equal(shuffled, plain)
+    assert not Shuffled(of=Steer()).mark(None, batch).any(), "one that only weighs marks nothing"
+    assert Shuffled(of=KlCov()).needs == KlCov.needs and Shuffled(of=KlCov()).several_updates
+
+
+@pytest.mark.parametrize("control", [Bonus(), AdaptiveBonus()])
+def test_what_picks_no_tokens_cannot_be_shuffled(control):
+    with pytest.raises(UserError, match="does not pick tokens"):
+        Shuffled(of=control)
 
 
 # Together

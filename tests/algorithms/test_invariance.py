@@ -18,6 +18,7 @@ from alignment.algorithms.grpo_guard import GrpoGuard
 from alignment.algorithms.kl_penalties import kl_penalties
 from alignment.algorithms.objective import Objective, combine
 from alignment.algorithms.policy_losses import policy_losses
+from alignment.algorithms.shuffled import Shuffled
 from alignment.algorithms.steer import Steer
 from alignment.types import Batch
 
@@ -37,6 +38,8 @@ CONTROLS = [
     (ClipCov(share=0.2, low=0.01, high=9.0), None),
     (ClipCov(share=0.2, low=-9.0, high=9.0, clip_low=0.2, clip_high=0.2), None),
     (KlCov(share=0.2), None),
+    (Shuffled(of=Steer(lambda_min=0.5)), None),
+    (Shuffled(of=KlCov(share=0.2)), None),
     *((HighEntropy(share=0.4, denominator=over), None) for over in ("kept", "all")),
 ]
 LOSSES = [

@@ -23,6 +23,12 @@ def test_results_claim_and_page_are_of_one_study(folder):
     page = (ROOT / "docs/studies" / f"{folder.name}.md").read_text(encoding="utf-8")
     digest = hashlib.sha256((folder / "claim.yaml").read_bytes()).hexdigest()
     assert results["claim_sha256"] == digest and digest in page
+    recipe = folder / read_claim(folder / "claim.yaml").claim.recipe
+    files = {
+        name: hashlib.sha256((recipe.parent / name).read_bytes()).hexdigest() for name in results["sources_sha256"]
+    }
+    assert results["sources_sha256"] == files and recipe.name in files
+    assert any(name.endswith("_parts.py") for name in files)
     assert f"**Verdict: {results['verdict']}.**" in page
     assert (ROOT / "docs/studies" / f"{folder.name}.png").stat().st_size > 1000
     claim = read_claim(folder / "claim.yaml").claim

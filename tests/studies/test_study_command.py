@@ -1,5 +1,6 @@
 """`align study`: a tiny study through the command, stopped by Ctrl-C and gone on with; what it refuses."""
 
+import copy
 import hashlib
 import json
 import signal
@@ -19,6 +20,7 @@ from alignment.studies.cost import costs
 from alignment.studies.curve import read_lines
 from alignment.studies.design import Study
 from alignment.studies.judge import results_of
+from alignment.studies.report import markdown
 from alignment.studies.work import digest_of
 from alignment.trainer import train
 from tests.studies.small import write_claim
@@ -103,6 +105,9 @@ def test_results_a_page_and_a_plot_are_written(whole):
     assert f"verdict: {results['verdict']}" in whole.finished and f"**Verdict: {results['verdict']}.**" in page
     digest = hashlib.sha256((whole.folder / "small.yaml").read_bytes()).hexdigest()
     assert results["claim_sha256"] == digest and digest in page
+    assert results["sources_sha256"] == {
+        "tiny.yaml": hashlib.sha256((whole.folder / "tiny.yaml").read_bytes()).hexdigest()
+    }
     assert results["seeds"] == {"tune": [101], "report": [1, 2]} and len(results["cells"]) == 4
     assert [arm["arm"] for arm in results["arms"]] == ["plain", "bonus"]
     assert all(arm["flops"] > 0 and arm["steps"] == 2 for arm in results["arms"])
@@ -111,7 +116,7 @@ def test_results_a_page_and_a_plot_are_written(whole):
 
 
 def test_no_bonus_equals_no_control_bit_for_bit_and_a_bonus_does_not(whole):
-    assert whole.results["controls"] == [{"arm": "zero", "equals": "plain", "equal": True}]
+    assert whole.results["controls"] == [{"arm": "zero", "equals": "plain", "passed": True}]
     lines = [json.loads(line) for line in (whole.out / "cells.jsonl").read_text().splitlines()]
     policy = {cell["name"].split("/")[1]: cell["rows"][0]["policy"] for cell in lines if cell["seed"] == 1
               and not cell["name"].startswith("warm")}  # fmt: skip
@@ -163,7 +168,34 @@ def test_where_the_regime_is_not_reached_or_a_control_failed_no_claim_holds(whol
         read_claim(write_claim(tmp_path / "b", {"controls": [{"arm": "zero", "equals": "bonus"}]})), whole.out
     )
     results = results_of(failed, cells, {"plain": 0, "bonus": 0})
-    assert results["verdict"] == "inconclusive" and not results["controls"][0]["equal"]
+    assert results["verdict"] == "inconclusive" and not results["controls"][0]["passed"]
+
+
+def test_a_control_without_a_signal_may_not_beat_its_baseline(whole, tmp_path):
+    """Of the cells of the study before: the better arm in the place of one whose signal is shuffled."""
+    begun = Study(read_claim(whole.folder / "small.yaml"), whole.out)
+    cells, told = _lifted(Cells(whole.out / "cells.jsonl", digest_of(begun))), []
+    for arm, other in (("bonus", "plain"), ("plain", "bonus")):
+        claim = write_claim(tmp_path / arm, {"controls": [{"arm": arm, "no_better_than": other}]})
+        told.append(results_of(Study(read_claim(claim), whole.out), cells, {"plain": 0, "bonus": 0, "zero": 0}))
+    assert [results["verdict"] for results in told] == ["inconclusive", "holds"]
+    [[better], [worse]] = [results["controls"] for results in told]
+    assert (better["passed"], worse["passed"]) == (False, True)
+    assert better["mean"] == pytest.approx(0.5) and worse["mean"] == pytest.approx(-0.5)
+    assert "| bonus no better than plain: +0.5000 (0.5000 to 0.5000) | **no** |" in markdown(told[0])
+
+
+def _lifted(cells: Cells) -> Cells:
+    """As if the bonus had solved half of each problem more, in both seeds."""
+    lifted = copy.copy(cells)
+    lifted.found = {**cells.found}
+    for (name, seed), cell in cells.found.items():
+        if "/plain/" in name:
+            lifted.found[name.replace("plain", "zero"), seed] = cell
+            better = copy.deepcopy(cell)
+            better["rows"][0]["problems"] = {i: value + 0.5 for i, value in cell["rows"][0]["problems"].items()}
+            lifted.found[name.replace("plain", "bonus"), seed] = better
+    return lifted
 
 
 def test_a_dry_run_lists_runs_and_starts_none(whole, tmp_path):
