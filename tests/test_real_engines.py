@@ -18,7 +18,7 @@ from alignment.checkpoint import Checkpoints, verify
 from alignment.ledger import Ledger
 from tests.recorded_rollouts import record
 from tests.test_train import Recorder, contents, lines
-from tests.tiny import merged, tiny, write
+from tests.tiny import SUMS, merged, tiny, write
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"build": {"hidden_size": 64, "heads": 2, "kv_heads": 2}}
@@ -110,6 +110,48 @@ def test_a_run_resumed_on_the_same_rollouts_is_the_uninterrupted_one_bit_for_bit
     learned = [name for name in ours if name.startswith("learner/")]
     assert len(learned) > 3 and all(ours[name] == theirs[name] for name in learned)
     assert Ledger(Path(second["folder"]) / "ledger.jsonl").fates() == dict.fromkeys(range(16), "trained")
+
+
+RANKS = {"name": "deepspeed", "ranks": 2, "zero_stage": 2, "lr": 1e-3}
+PAIRS = {"name": "procedural", "task": SUMS["task"], "split": "train", "pairs": True}
+ONLINE_DPO: dict[str, Any] = {
+    "model": MODEL,
+    "rewards": [*REWARD, {"name": "reward_model", "stage": "rm", "weight": 0.1}],
+    "evaluation": {"every": 0},
+    "data": {"preferences": PAIRS},
+    "stages": [
+        {"stage": "reward_model", "name": "rm", "steps": 3, "batch_size": 5, "learner": {"name": "torch", "lr": 1e-3}},
+        {
+            "stage": "preference",
+            "name": "dpo",
+            "steps": 4,
+            "losses": [{"name": "dpo", "beta": 0.5}],
+            "reference": {"name": "refreshed", "every": 2},
+            "pairs": "best_worst",
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "sampling": {"max_tokens": 4},
+            "sampler": "vllm",
+            "learner": RANKS,
+            "cluster": "ray",
+        },
+    ],
+}
+
+
+def test_a_reward_model_judges_pairs_that_vllm_samples_and_two_ranks_learn_from(live_ray, tmp_path):
+    """Iterative DPO on a cluster, behind a reward model that was fitted in this process."""
+    result = alignment.train(tiny(tmp_path, ONLINE_DPO))
+    assert result["status"] == "complete"
+    steps = [line for line in lines(result["folder"]) if line["kind"] == "train"]
+    fitted, preferred = ([line for line in steps if line["stage"] == name] for name in ("rm", "dpo"))
+    assert len(fitted) == 3 and all(line["reward_model/grad_norm"] > 0 for line in fitted)
+    assert [line["step"] for line in preferred] == [4, 5, 6, 7]
+    assert all(line["pairs"] > 0 and line["grad_norm"] > 0 for line in preferred)
+    assert len({line["reward/reward_model"] for line in preferred}) == 4
+    margins = [abs(line["margin"]) for line in preferred]
+    assert max(margins[0], margins[2]) < 1e-4 < min(margins[1], margins[3]), "the reference is renewed after two steps"
+    assert set(Ledger(Path(result["folder"]) / "ledger.jsonl").fates().values()) <= {"trained", "filtered"}
 
 
 def newest(run: str) -> Path:

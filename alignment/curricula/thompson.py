@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
@@ -61,9 +62,9 @@ class Thompson:
         """Both parameters of each prompt's Beta distribution at ``step``."""
         seen, recent, nothing = state["seen"].get, state["recent"].get, (0.0, 0.0, step)
         found = [recent(prompt.id) or seen(prompt.id, nothing) for prompt in prompts]
-        right, wrong, then = zip(*found, strict=True)
-        left = 0.5 ** ((step - np.array(then, dtype=np.float64)) / self.half_life)
-        return 1 + np.array(right, dtype=np.float64) * left, 1 + np.array(wrong, dtype=np.float64) * left
+        right, wrong, then = np.fromiter(chain.from_iterable(found), np.float64, 3 * len(found)).reshape(-1, 3).T
+        left = 0.5 ** ((step - then) / self.half_life)
+        return 1 + right * left, 1 + wrong * left
 
     def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
         """The counts with those of all sampled groups, whatever became of them."""
