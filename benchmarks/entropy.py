@@ -4,18 +4,24 @@ A step is annotation, credit and update of the same rows. Each control is paired
 it asks for and does nothing with them; the two take turns, and the ratio is taken within a pair. The cost of the passes
 themselves stands beside it, against a step that makes none.
 
+What a control computes itself is far less than steps differ from one another. So the objective alone, which is all that
+a control is a part of, is timed as well, many times and without a model: what it takes with the control, less what it
+takes without, as a share of the step. Only the gradient through the entropy, of the two bonuses, is elsewhere, and is
+judged by the steps.
+
     python benchmarks/entropy.py
     python benchmarks/entropy.py --quick
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from statistics import median
 from typing import Any
 
 import harness
+import torch
 from ppo_step import Sizes, batch_of, language_model
 
 from alignment.algorithms.algorithm import Algorithm
@@ -32,6 +38,7 @@ FULL = Sizes(rows=16, rounds=21)
 QUICK = Sizes(rows=4, tokens=24, prompt=8, hidden=32, layers=1, vocabulary=64, rounds=3)
 MINIBATCHES = 2
 LIMIT = 1.05
+TRIALS = 200
 CONTROLS: Mapping[str, Any] = {
     "bonus": Bonus(),
     "adaptive_bonus": AdaptiveBonus(target=100.0, coefficient=0.001),
@@ -83,6 +90,27 @@ def measure(sizes: Sizes) -> dict[str, list[tuple[float, float, float]]]:
     return found
 
 
+def own_seconds(sizes: Sizes, control: Any) -> list[float]:
+    """CPU seconds of the objective for one step's mini-batches, forward and backward, in each of many trials."""
+    algorithm = Algorithm(entropy_controls=(control,), minibatches=MINIBATCHES)
+    states = {"entropy_controls.0": control.init()} if hasattr(control, "init") else {}
+    objective, rows = Objective.of(algorithm, states), batch_of(sizes, 0)
+    noise_BT = torch.rand(rows.ids_BT.shape, generator=torch.Generator().manual_seed(0))
+    known = {"old_logp_BT": -8 - noise_BT, "logp_BT": -8 - noise_BT, "entropy_BT": 8 + noise_BT}
+    batch = credit(replace(rows, entropy_drift_BT=noise_BT / 10, **known), algorithm, states)
+    parts = [batch.rows(range(i, sizes.rows, MINIBATCHES)) for i in range(MINIBATCHES)]
+    seconds: list[float] = []
+    for _ in range(TRIALS):
+        logp_BT, entropy_BT = (-8 - noise_BT).requires_grad_(), (8 + noise_BT).requires_grad_()
+        start = time.process_time()
+        for i, part in enumerate(parts):
+            given = [tensor[i::MINIBATCHES] for tensor in (logp_BT, entropy_BT)]
+            loss, _ = objective.loss(given[0], given[1], objective.prepare(part))
+            loss.backward()
+        seconds.append(time.process_time() - start)
+    return seconds
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Bounds of the median with at least 95 % confidence, by order statistics; the extremes where there are too few."""
     ordered, n = sorted(values), len(values)
@@ -91,8 +119,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[k], ordered[n - 1 - k]
 
 
-def row(name: str, rounds: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
-    """Medians over rounds, of ratios within a round."""
+def row(name: str, rounds: Sequence[tuple[float, float, float]], own: float) -> dict[str, Any]:
+    """Medians over rounds, of ratios within a round; ``own`` are the control's own seconds."""
     beyond = [control / passes for _, passes, control in rounds]
     low, high = interval(beyond)
     asked = " + ".join(NAMES[need] for need in needs_of(CONTROLS[name]))
@@ -104,15 +132,21 @@ def row(name: str, rounds: Sequence[tuple[float, float, float]]) -> dict[str, An
         "times the step with its passes": median(beyond),
         "from": low,
         "to": high,
+        "own, ms": 1e3 * own,
+        "own, share of the step": own / median(passes for _, passes, _ in rounds),
     }
 
 
 def goal(found: Mapping[str, Any]) -> dict[str, Any]:
     """Whether a control is quick enough."""
-    ratio = found["times the step with its passes"]
-    measured = f"{ratio:.3f} ({found['from']:.3f} to {found['to']:.3f})"
-    what = f"{found['control']}: CPU time of a step over that of one with its passes alone"
-    return {"what": what, "goal": f"at most {LIMIT:g}", "measured": measured, "met": ratio <= LIMIT}
+    if getattr(CONTROLS[found["control"]], "entropy_gradient", False):
+        ratio = found["times the step with its passes"]
+        measured = f"{ratio:.3f} ({found['from']:.3f} to {found['to']:.3f})"
+        what = f"{found['control']}: CPU time of a step over that of one with its passes alone"
+        return {"what": what, "goal": f"at most {LIMIT:g}", "measured": measured, "met": ratio <= LIMIT}
+    share = found["own, share of the step"]
+    what = f"{found['control']}: its own CPU time over that of a step with its passes"
+    return {"what": what, "goal": f"at most {LIMIT - 1:.2g}", "measured": f"{share:.4f}", "met": share <= LIMIT - 1}
 
 
 def main() -> None:
@@ -122,7 +156,9 @@ def main() -> None:
     args = parser.parse_args()
     sizes = QUICK if args.quick else FULL
     sizes = Sizes(**{**vars(sizes), "rounds": args.rounds or sizes.rounds})
-    rows = [row(name, rounds) for name, rounds in measure(sizes).items()]
+    bare = median(own_seconds(sizes, Passes()))
+    own = {name: median(own_seconds(sizes, control)) - bare for name, control in CONTROLS.items()}
+    rows = [row(name, rounds, own[name]) for name, rounds in measure(sizes).items()]
     harness.finish(
         {
             "title": "Entropy controls",
