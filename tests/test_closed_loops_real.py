@@ -2,7 +2,7 @@
 the uninterrupted one.
 
 That components do so on the embedded engines is said in ``test_curricula_learned.py``, ``test_weightings.py``,
-``algorithms/test_entropy_controls.py`` and ``test_mixing.py``.
+``algorithms/test_entropy_controls.py``, ``test_mixing.py`` and ``test_exact_resume.py``.
 """
 
 import json
