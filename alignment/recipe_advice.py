@@ -1,11 +1,14 @@
-"""Curricula that do not go together, and controls that do nothing: what a recipe may not do, and what it may do and
-hardly should."""
+"""Curricula that do not go together, and controls that do nothing or not what was meant: what a recipe may not do, and
+what it may do and hardly should."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from alignment.algorithms.advantages import advantages
 from alignment.algorithms.algorithm import Algorithm
+from alignment.algorithms.covariance import ClipCov
 from alignment.algorithms.entropy_controls import entropy_controls
+from alignment.algorithms.policy_losses import Clip
 from alignment.curricula import curricula, remarks
 from alignment.recipe_checks import Conflict
 from alignment.recipe_control import control_conflicts
@@ -37,7 +40,10 @@ def advice(recipe: "Recipe") -> Iterator[Conflict]:
             place: Place = ("stages", index, "curricula")
             yield from (Conflict(place, text) for verdict, text in remarks(stage.curricula) if verdict == "warns")
         if stage.stage == "online":
-            yield from _asleep(stage.credited, ("stages", index, "algorithm"))
+            here: Place = ("stages", index, "algorithm")
+            yield from _asleep(stage.credited, here)
+            yield from _other_clips(stage.credited, here)
+            yield from _other_scales(stage.credited, here)
 
 
 def _asleep(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:
@@ -49,5 +55,37 @@ def _asleep(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:
             message = (
                 f"'{entropy_controls.name_of(control)}' does nothing here: it holds the policy to the one before the "
                 "batch, and with one update per batch the two are the same; set algorithm.minibatches or epochs above 1"
+            )
+            yield Conflict((*place, "entropy_controls", number), message)
+
+
+def _other_clips(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:
+    """Clip-Cov beside a loss that clips tokens at other ratios. With one update per batch all ratios are 1."""
+    loss = algorithm.policy_loss
+    if not isinstance(loss, Clip) or algorithm.epochs * algorithm.minibatches == 1:
+        return
+    for number, control in enumerate(algorithm.entropy_controls):
+        if isinstance(control, ClipCov) and (control.clip_low, control.clip_high) != (loss.clip_low, loss.clip_high):
+            low, high = f"{loss.clip_low:g}", f"{loss.clip_high:g}"
+            message = (
+                f"'clip_cov' takes tokens as clipped at distances {control.clip_low:g} and {control.clip_high:g}, and "
+                f"algorithm.policy_loss clips at {low} and {high}, so it picks among others than the tokens that have "
+                f"a gradient: set clip_low: {low}, clip_high: {high} here"
+            )
+            yield Conflict((*place, "entropy_controls", number), message)
+
+
+def _other_scales(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:
+    """Controls with values for advantages of unit scale, where nothing brings advantages to it."""
+    advantage = algorithm.advantage
+    scaled = any(getattr(part, "unit_scale", False) for part in (advantage, algorithm.weighting))
+    if scaled or getattr(advantage, "scale_free", False) or hasattr(algorithm.mixer, "advantages"):
+        return
+    for number, control in enumerate(algorithm.entropy_controls):
+        if options := getattr(control, "unit_scale", ()):
+            message = (
+                f"'{entropy_controls.name_of(control)}' has its {' and '.join(options)} for advantages of about unit "
+                f"scale, and '{advantages.name_of(advantage)}' leaves them on that of the rewards: take an "
+                f"algorithm.advantage that normalises, such as grpo, or set {' and '.join(options)} for that scale"
             )
             yield Conflict((*place, "entropy_controls", number), message)

@@ -1,8 +1,9 @@
 """What choosing prompts costs: CPU time of `select` and `observe`, against the number of prompts.
 
 Each selector of the project alone, with a state in which it has learned something of every prompt. One that draws has
-the whole data set as candidates, one that chooses among candidates as many as it asks for. `prompt_curriculum` asks a
-table here, whose time does not count: `prompt_curriculum.py` measures it with a model.
+the whole data set as candidates, one that chooses among candidates as many as it asks for; one that admits prompts
+stands beside `uniform`. `prompt_curriculum` asks a table here, whose time does not count: `prompt_curriculum.py`
+measures it with a model.
 
     python benchmarks/curricula.py
     python benchmarks/curricula.py --sizes 1000 1000000
@@ -19,7 +20,7 @@ from typing import Any
 import harness
 import torch
 
-from alignment.curricula import Uniform, curricula
+from alignment.curricula import Uniform, curricula, select_prompts
 from alignment.score import Score
 from alignment.types import Context, Group, Prompt, Rollout, SamplingParams, Signals
 
@@ -49,6 +50,22 @@ class Table:
 
     def fit(self, prompts: Sequence[Prompt], targets: torch.Tensor) -> dict[str, float]:
         return {}
+
+
+class Beside:
+    """`uniform` and one that admits prompts, as if they were one selector."""
+
+    def __init__(self, admits: Any) -> None:
+        self.admits, self.both = admits, (Uniform(), admits)
+
+    def init(self) -> dict[str, Any]:
+        return {"curricula.0": Uniform().init(), "curricula.1": self.admits.init()}
+
+    def select(self, state: Any, prompts: Sequence[Prompt], n: int, context: Context) -> tuple[list[Prompt], Any]:
+        return select_prompts(self.both, state, prompts, n, context)
+
+    def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
+        return {**state, "curricula.1": self.admits.observe(state["curricula.1"], signals)}
 
 
 @cache
@@ -119,12 +136,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = args.sizes or (QUICK_SIZES if args.quick else SIZES)
-    ours = [e for e in curricula if hasattr(e.cls, "select") and e.cls.__module__.startswith("alignment.")]
+    ours = [e for e in curricula if e.cls.__module__.startswith("alignment.")]
     rows = []
     for size in sizes:
         prompts = [Prompt(f"train/{i}", {"prompt": str(i), "level": 1 + i % LEVELS}) for i in range(size)]
         for entry in ours:
-            rows.append(measure(entry.name, entry.cls(), prompts))
+            component: Any = entry.cls()
+            if hasattr(component, "admits"):
+                component = Beside(component)
+            if not hasattr(component, "select"):
+                continue
+            rows.append(measure(entry.name, component, prompts))
             harness.console.print(f"{entry.name}, {size:,} prompts: {rows[-1]['select, ms']:.2f} ms")
     harness.finish(result(rows), args.json)
 

@@ -2,7 +2,7 @@
 the uninterrupted one.
 
 That components do so on the embedded engines is said in ``test_curricula_learned.py``, ``test_weightings.py``,
-``algorithms/test_entropy_controls.py`` and ``test_mixing.py``.
+``algorithms/test_entropy_controls.py``, ``test_mixing.py`` and ``test_exact_resume.py``.
 """
 
 import json
@@ -153,10 +153,10 @@ def test_a_prompt_model_gradients_steering_and_interleaved_imitation(live_ray, t
     assert whole.column("staleness") == [0, 1, 1, 1, 1, 1]
 
     saved = whole.saved
-    assert saved.keys() == {"curricula.0", "curricula.1", "weighting", "mixer"}
-    assert whole.moved("curricula.1/candidates", "curricula.1/chosen", "curricula.1/error")
-    assert min(whole.column("prompt_value/fitted_tokens")) > 0 and saved["curricula.1"]["version"] == 6
-    assert whole.column("curricula.0/dropped")[-1] == len(saved["curricula.0"]["dropped"]) > 0
+    assert saved.keys() == {"curricula.0", "curricula.1", "curricula.2", "weighting", "mixer"}
+    assert whole.moved("curricula.2/candidates", "curricula.2/chosen", "curricula.2/error")
+    assert min(whole.column("prompt_value/fitted_tokens")) > 0 and saved["curricula.2"]["version"] == 6
+    assert whole.column("curricula.1/dropped")[-1] == len(saved["curricula.1"]["dropped"]) > 0
 
     assert len(whole.grams) == 6 and all((gram.diagonal() >= 0).all() for gram in whole.grams)
     assert (whole.grams[0].diagonal() > 0).all() and whole.grams[0].det() > 0, "two gradients, and not one twice"

@@ -273,8 +273,8 @@ def test_selecting_without_a_selector_or_without_prompts_is_an_error():
         select_prompts([Uniform()], {"curricula.0": Uniform().init()}, [], 1, AT)
 
 
-def test_a_curriculum_must_do_at_least_one_of_the_three():
-    with pytest.raises(TypeError, match="at least one of select, keep, replay"):
+def test_a_curriculum_must_do_at_least_one_of_the_four():
+    with pytest.raises(TypeError, match="at least one of select, admits, keep, replay"):
 
         @curricula.register("idle", source="this test")
         @dataclass(frozen=True)

@@ -280,6 +280,18 @@ def test_thompson_sampling_chooses_what_is_likely_near_the_target():
 
 # Instances that teach nothing
 
+
+def drawn_through(
+    component: Any, state: Any, made: list[Prompt], n: int, context: Context = AT, drawer: Any = None, drawn: Any = None
+) -> tuple[list[Prompt], Any]:
+    """``n`` prompts that ``component`` lets in, and the state of the drawer afterwards."""
+    drawer = drawer or Uniform()
+    states = {"curricula.0": drawn or drawer.init(), "curricula.1": state}
+    chosen, after = select_prompts([drawer, component], states, made, n, context)
+    assert after["curricula.1"] == state
+    return chosen, after["curricula.0"]
+
+
 ROWS = [[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]
 
 
@@ -287,9 +299,9 @@ ROWS = [[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]
 def test_hopeless_prompts_are_left_out_and_mastered_ones_if_asked(mastered, kept):
     made, component = prompts(3), InstanceFilter(rollouts=4, drop_mastered=mastered)
     state = component.observe(component.init(), signals([group(p, r) for p, r in zip(made, ROWS, strict=True)], step=7))
-    chosen, after = component.select(through_json(state), made, 6 * len(kept), AT)
+    chosen, _ = drawn_through(component, state, made, 6 * len(kept))
     assert Counter(p.id for p in chosen) == dict.fromkeys(kept, 6), "epochs over those that are left"
-    assert set(state["dropped"].values()) == {7} and after["dropped"] == state["dropped"]
+    assert set(state["dropped"].values()) == {7}
     assert component.metrics(state) == {"dropped": 3.0 - len(kept)}
 
 
@@ -307,9 +319,9 @@ def test_prompts_are_let_in_again_and_when_none_is_left_it_says_so():
     made, component = prompts(2), InstanceFilter(rollouts=2, recheck_every=5)
     hopeless = signals([group(p, [0, 0]) for p in made], step=10)
     state = component.observe(component.init(), hopeless)
-    with pytest.raises(UserError, match=r"all 2 prompts are left out; .* recheck_every"):
-        component.select(state, made, 1, Context(14, 0))
-    chosen, state = component.select(state, made, 2, Context(15, 0))
+    with pytest.raises(UserError, match=r"'instance_filter' left out the last 5 prompts .* recheck_every"):
+        drawn_through(component, state, made, 1, Context(14, 0))
+    chosen, _ = drawn_through(component, state, made, 2, Context(15, 0))
     assert {p.id for p in chosen} == {"p0", "p1"}
     state = component.observe(state, signals([group(made[0], [0, 1])], step=15))
     assert state["dropped"] == {"p1": 10}, "one was solved meanwhile"
@@ -327,12 +339,51 @@ def test_how_likely_a_prompt_is_let_in():
     assert 1 - len(state["dropped"]) / 4000 == pytest.approx(0.5695, abs=0.03)
 
 
-def test_without_anything_to_leave_out_it_is_epochs():
-    made, component, state, ids = prompts(7), InstanceFilter(), InstanceFilter().init(), []
-    for n in (3, 9, 1, 8):
-        chosen, state = component.select(state, made, n, AT)
-        ids += [p.id for p in chosen]
-    assert all(len(set(ids[i : i + 7])) == 7 for i in (0, 7, 14)) and (state["epoch"], state["cursor"]) == (3, 0)
+def test_without_anything_to_leave_out_nothing_is_another():
+    made, drawers = prompts(12, level=[1 + i % 3 for i in range(12)]), (Uniform(), SelfEvolving(), LevelSchedule())
+    for drawer in drawers:
+        state, plain = drawer.init(), drawer.init()
+        for n in (3, 9, 1, 8):
+            chosen, state = drawn_through(
+                InstanceFilter(), InstanceFilter().init(), made, n, drawer=drawer, drawn=state
+            )
+            expected, plain = drawer.select(plain, made, n, AT)
+            assert chosen == expected and state == plain
+
+
+@pytest.mark.parametrize("drawer", [SelfEvolving(temperature=0.5), LevelSchedule(start=3)], ids=["bandit", "levels"])
+def test_whoever_draws_hopeless_prompts_are_left_out(drawer):
+    """Of 30 prompts of three levels all of the first level are out, and every other one of the second."""
+    made = prompts(30, level=[1 + i % 3 for i in range(30)])
+    out = {p.id for i, p in enumerate(made) if i % 3 == 0 or i % 6 == 1}
+    hopeless = signals([group(p, [0, 0] if p.id in out else [0, 1]) for p in made])
+    state = InstanceFilter(rollouts=2).observe(InstanceFilter().init(), hopeless)
+    chosen, after = drawn_through(InstanceFilter(rollouts=2), state, made, 300, drawer=drawer, drawn=drawer.init())
+    seen = Counter(p.id for p in chosen)
+    assert not seen.keys() & out and len(seen) == 30 - len(out) == 15
+    arms = Counter(p.row["level"] for p in chosen)
+    assert 1.6 < arms[3] / arms[2] < 2.6 if isinstance(drawer, SelfEvolving) else arms[3] > 3 * arms[2]
+    assert after["draws"] > 1, "it went on from where it was"
+    again = drawn_through(
+        InstanceFilter(rollouts=2), through_json(state), made, 300, drawer=drawer, drawn=drawer.init()
+    )
+    assert again == (chosen, after)
+
+
+def test_those_who_choose_get_candidates_that_are_all_let_in():
+    made = prompts(40)
+    state = InstanceFilter(rollouts=1).observe(InstanceFilter().init(), signals([group(p, [0]) for p in made[:30]]))
+    seen: list[int] = []
+
+    class Counting(Thompson):
+        def select(self, state: Any, prompts: Any, n: int, context: Context) -> Any:
+            seen.extend(int(p.id[1:]) for p in prompts)
+            return super().select(state, prompts, n, context)
+
+    chain = [Uniform(), Counting(oversample=2), InstanceFilter(rollouts=1)]
+    states = {"curricula.0": Uniform().init(), "curricula.1": Thompson().init(), "curricula.2": state}
+    chosen, _ = select_prompts(chain, states, made, 5, AT)
+    assert len(chosen) == 5 and sorted(seen) == list(range(30, 40)), "also where it stands last in the list"
 
 
 # All of them
@@ -359,6 +410,7 @@ SHORT = {"name": "difficulty_filter", "low": 0.0, "high": 1.0, "max_refills": 0,
 RUNS: dict[str, dict[str, Any]] = {
     "bandit and buffer": {"curricula": [{"name": "self_evolving", "by": ["level", "task"]}, SHORT, "sample_buffer"]},
     "levels and tracker": {"curricula": [{"name": "level_schedule", "window": 2, "threshold": 0.1}, "thompson"]},
+    "bandit and instances": {"curricula": [{"name": "self_evolving"}, {"name": "instance_filter", "rollouts": 4}]},
     "instances and model": {
         "curricula": [{"name": "instance_filter", "rollouts": 4}, {"name": "prompt_curriculum", "oversample": 2}],
         "prompt_value": {"name": "model", "lr": 1e-2},
@@ -391,7 +443,9 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path, run):
     if "levels" in run:
         assert state["curricula.0"]["open"] == 2 and state["curricula.1"]["recent"]
     if "model" in run:
-        assert state["curricula.1"]["version"] == 6 and state["curricula.1"]["error"] is not None
+        assert state["curricula.2"]["version"] == 6 and state["curricula.2"]["error"] is not None
+    if "instances" in run:
+        assert state["curricula.1"]["dropped"], "some prompt was left out"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ LISTED = [
     ["uniform", "prompt_curriculum"],
     ["self_evolving"],
     ["level_schedule"],
-    ["instance_filter", "thompson"],
+    ["uniform", "instance_filter", "thompson"],
     ["uniform", "difficulty_filter", "sample_buffer"],
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import alignment
+from alignment.algorithms.lagrangian import Lagrangian
 from alignment.algorithms.weightings import weightings
 from alignment.recipe import OnlineStage, load
 from tests.test_train import Recorder
@@ -46,12 +47,17 @@ def test_a_weighting_of_ones_own_trains(tmp_path):
     assert last["weighting/mean/format"] == pytest.approx(last["reward/format"])
 
 
-def test_thresholds_are_searched():
+def test_thresholds_are_searched(tmp_path):
     scope: dict[str, Any] = {}
-    exec(CODE[0], scope)  # noqa: S102 - what the page shows
-    cache: list[Any] = []
-    found = scope["search"](lambda point: (point[0] - 0.7) ** 2 + (point[1] - 0.2) ** 2, cache)
-    assert found.point == pytest.approx([0.7, 0.2], abs=0.15) and len(cache) == found.evaluations
+    exec(CODE[0].replace("steps=50", "steps=1"), scope)  # noqa: S102 - what the page shows
+    candidates = scope["thresholds"](written(RECIPES[2], tmp_path))
+    (key,) = {key for candidate in candidates for key in candidate.settings}
+    for candidate in candidates:
+        (stage,) = load([candidate.folder / "recipe.yaml"]).stages
+        assert isinstance(stage, OnlineStage) and stage.steps == 1
+        assert isinstance(stage.algorithm.weighting, Lagrangian)
+        assert stage.algorithm.weighting.thresholds == {"format": candidate.settings[key]}
+    assert len(candidates) > 1 and candidates[0].value == max(c.value for c in candidates)
 
 
 def test_the_table_names_what_there_is():

@@ -39,7 +39,7 @@ def change(mixer: str, name: str) -> dict[str, Any]:
     return SAME | {"run": {"name": name}, "stages": {1: stage}}
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", MIXERS | JUDGING)
 def test_a_mixed_run_goes_on_exactly(tmp_path, mixer):
     whole = alignment.train(tiny(tmp_path, change(mixer, "whole")))
     parts = tiny(tmp_path, change(mixer, "parts"))

@@ -283,3 +283,64 @@ def test_a_control_that_does_nothing_is_told_with_its_line(tmp_path):
     assert "set algorithm.minibatches or epochs above 1" in str(warning)
     for several in ("minibatches", "epochs"):
         assert load([path], [f"stages.1.algorithm.{several}=2"]).warnings == []
+
+
+ALGORITHM = "stages.1.algorithm"
+
+
+def advised(folder: Path, controls: str, *overrides: str) -> list[str]:
+    """What is said of a list of entropy controls, places apart."""
+    chosen = [f"{ALGORITHM}.entropy_controls=[{controls}]", *(f"{ALGORITHM}.{o}" for o in overrides)]
+    return [str(warning).rpartition(f"{ALGORITHM}.entropy_controls.")[2] for warning in load([folder], chosen).warnings]
+
+
+def test_clip_cov_beside_a_loss_that_clips_elsewhere_is_told(tmp_path):
+    path, twice = write(tmp_path), "minibatches=2"  # the recipe clips at 0.2 and 0.28
+    (said,) = advised(path, "bonus, clip_cov", twice)
+    assert said.startswith(
+        "1: 'clip_cov' takes tokens as clipped at distances 1 and 1, and algorithm.policy_loss clips"
+    )
+    assert "clips at 0.2 and 0.28" in said and said.endswith("set clip_low: 0.2, clip_high: 0.28 here")
+    for low, high in ((0.2, 0.2), (0.1, 0.28)):
+        assert len(advised(path, f"{{name: clip_cov, clip_low: {low}, clip_high: {high}}}", twice)) == 1
+    assert advised(path, "{name: clip_cov, clip_low: 0.2, clip_high: 0.28}", twice) == []
+    assert advised(path, "clip_cov") == [], "with one update per batch no ratio is clipped"
+    for other in ("reinforce", "gspo", "cispo", "grpo_guard"):
+        assert advised(path, "clip_cov", twice, f"policy_loss={other}") == [], "no clip of single tokens by their ratio"
+
+
+@pytest.mark.filterwarnings("ignore:.*sums advantages")
+@pytest.mark.parametrize("advantage", ["dr_grpo", "rloo", "opo", "{name: grpo, normalise: none}"])
+def test_controls_for_advantages_of_unit_scale_are_told_of_others(tmp_path, advantage):
+    path, plain = write(tmp_path), f"advantage={advantage}"
+    name = advantage.removeprefix("{name: ").partition(",")[0]
+    steer, clip_cov = advised(path, "steer, clip_cov, kl_cov, bonus", plain, "epochs=2", "policy_loss=reinforce")
+    assert steer.startswith("0: 'steer' has its floor for advantages of about unit scale, and")
+    assert f"'{name}' leaves them on that of the rewards" in steer and steer.endswith("set floor for that scale")
+    assert clip_cov.startswith("1: 'clip_cov' has its low and high for") and "set low and high for" in clip_cov
+    adapted = "{name: steer, floor: 0.01}, {name: steer, shape: linear}, {name: clip_cov, low: 0.1}"
+    assert advised(path, adapted, plain) == []
+    assert advised(path, "steer, clip_cov", plain, "weighting=normalise_then_sum") == [], "it whitens the sum"
+    assert len(advised(path, "steer", plain, "weighting={name: normalise_then_sum, whiten: false}")) == 1
+    held = "weighting={name: lagrangian, thresholds: {format: 0.5}, normalise: %s}"
+    rewards = ["rewards=[exact_match, {name: format, pattern: x}]"]
+    for normalise, warns in (("true", 0), ("false", 1)):
+        overrides = [f"{ALGORITHM}.{o}" for o in ("entropy_controls=[steer]", plain, held % normalise)]
+        assert len(load([path], [*rewards, *overrides]).warnings) == warns
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp", "reinforce_pp_baseline"])
+def test_of_advantages_that_are_normalised_nothing_is_told(tmp_path, advantage):
+    assert advised(write(tmp_path), "steer, clip_cov", f"advantage={advantage}") == []
+
+
+def test_generalised_advantages_are_of_unit_scale_if_they_are_whitened(tmp_path):
+    path = write(tmp_path, BASE.replace("group_size: 4", "group_size: 4\n    critic: model"))
+    assert advised(path, "steer", "advantage=gae") == []
+    assert len(advised(path, "steer", "advantage={name: gae, normalise: none}")) == 1
+
+
+def test_advantages_of_a_mixer_take_the_place_of_others(tmp_path):
+    path = write(tmp_path)
+    assert advised(path, "steer", "advantage=dr_grpo", "mixer=srft") == []
+    assert len(advised(path, "steer", "advantage=dr_grpo", "mixer=hpt")) == 1

@@ -23,7 +23,8 @@ class Advantage(Protocol):
     """How good each trained token was, compared with what was to be expected.
 
     Optional on the class: ``min_group_size: ClassVar[int]``, completions of a prompt that it takes to say anything;
-    ``scale_free: bool``, whether a positive factor on all rewards changes nothing.
+    ``scale_free: bool``, whether a positive factor on all rewards changes nothing; ``unit_scale: bool``, whether
+    advantages deviate by about 1 whatever the rewards, which one that is ``scale_free`` need not say.
     """
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -252,6 +253,10 @@ class Gae:
     normalise: Annotated[Literal["whiten", "none"], option("to mean 0 and variance 1 over the batch's tokens")] = (
         "whiten"
     )
+
+    @property
+    def unit_scale(self) -> bool:
+        return self.normalise == "whiten"
 
     def __call__(self, batch: Batch) -> Tensor:
         lam: float | Tensor = self.lam

@@ -53,6 +53,11 @@ class ClipCov:
         if self.low >= self.high:
             raise UserError(f"low {self.low:g} must be below high {self.high:g}, or no token is eligible")
 
+    @property
+    def unit_scale(self) -> tuple[str, ...]:
+        """The bounds, if they are the method's own."""
+        return ("low", "high") if (self.low, self.high) == (ClipCov.low, ClipCov.high) else ()
+
     def prepare(self, state: Any, minibatch: Batch) -> Tensor:
         places, cov_N = covariances(minibatch)
         assert minibatch.logp_BT is not None and minibatch.adv_BT is not None

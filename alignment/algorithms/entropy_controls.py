@@ -43,6 +43,8 @@ class EntropyControl(Protocol):
       Called once per mini-batch, like ``prepare``.
     - ``several_updates: bool``: that it does nothing in the first update of a batch, so a recipe with one update per
       batch is warned of.
+    - ``unit_scale: tuple[str, ...]``: options whose values are for advantages that deviate by about 1, so a recipe with
+      others is warned of.
     """
 
     def prepare(self, state: Any, minibatch: Batch) -> Tensor | None:

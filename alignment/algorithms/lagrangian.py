@@ -76,6 +76,11 @@ class Lagrangian:
         """The reward components that options name."""
         return (*self.thresholds, *([] if self.objective is None else [self.objective]))
 
+    @property
+    def unit_scale(self) -> bool:
+        """Of each stream."""
+        return self.normalise
+
     def init(self) -> dict[str, Any]:
         zeros = dict.fromkeys(self.thresholds, 0.0)
         return {"u": zeros, "velocity": dict(zeros), "reached": {}}

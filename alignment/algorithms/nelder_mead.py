@@ -39,6 +39,7 @@ def nelder_mead(
     minus the score on held-out data. (scipy's search is another one: it contracts outside as well, and stops by the
     largest difference of values.) There the policy is trained on from one call to the next, so that a value depends on
     when it was asked for; whether it is, is up to ``function``. Their code scores on the test split: do not.
+    :func:`alignment.search.search` is this search over whole runs.
 
     A search that was cut off goes on exactly when it is started again with the same simplex and the cache that it left:
     what was judged is not judged again.

@@ -33,6 +33,11 @@ class NormaliseThenSum:
 
     whiten: Annotated[bool, option("the sum, over the batch")] = True
 
+    @property
+    def unit_scale(self) -> bool:
+        """Of the sum."""
+        return self.whiten
+
     def mix(self, state: Any, adv_KBT: Tensor, batch: Batch) -> Tensor:
         sum_BT = torch.einsum("k,kbt->bt", batch.weights_K.to(adv_KBT.device), adv_KBT)
         applies_B = batch.scored_B & ~batch.rewards_BK.isnan().all(1)

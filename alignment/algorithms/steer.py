@@ -81,6 +81,11 @@ class Steer:
     def needs(self) -> tuple[str, ...]:
         return ("logp", "entropy", *(["entropy_drift"] if self.omega == "exact" else []))
 
+    @property
+    def unit_scale(self) -> tuple[str, ...]:
+        """``floor``, if it is the method's own and is used."""
+        return ("floor",) if self.shape == "exponential" and self.floor == Steer.floor else ()
+
     def prepare(self, state: Any, minibatch: Batch) -> Tensor:
         omega_BT = self.omegas(minibatch)
         places = in_order(minibatch, minibatch.loss_mask_BT)

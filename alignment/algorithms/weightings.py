@@ -26,7 +26,7 @@ class Weighting(Protocol):
     Optional on the class: ``advantage_factor(state) -> float``, which multiplies all advantages in the end, those of
     imitated demonstrations excepted; ``lr_factor(state) -> float``, which multiplies the learning rate of the next
     update and leaves its schedule alone; ``names``, the reward components that its options name, which a recipe's
-    check looks up.
+    check looks up; ``unit_scale: bool``, whether what it mixes deviates by about 1 whatever the rewards.
     """
 
     streams: ClassVar[bool]

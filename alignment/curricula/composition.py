@@ -1,6 +1,7 @@
 """How a list of curricula works together. The functions take the states of a stage by place (``curricula.0``)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from alignment.curricula.contract import Curriculum, curricula
@@ -11,6 +12,10 @@ from alignment.types import Context, Group, Prompt
 
 class _Selector(Protocol):
     def select(self, state: Any, prompts: Sequence[Prompt], n: int, context: Context) -> tuple[list[Prompt], Any]: ...
+
+
+class _Admitter(Protocol):
+    def admits(self, state: Any, prompt: Prompt, context: Context) -> bool: ...
 
 
 class _Keeper(Protocol):
@@ -46,16 +51,19 @@ def select_prompts(
     """``n`` prompts through all selectors in order, and all states with theirs moved on.
 
     What each selector is asked for follows from the last to the first: the last chooses ``n`` out of its
-    ``candidates(n)``, which the one before it has to choose, and so on.
+    ``candidates(n)``, which the one before it has to choose, and so on. The first chooses until as many as it is asked
+    for are admitted by every curriculum that has a say.
 
     Raises:
-        UserError: No prompts, or no curriculum that selects.
+        UserError: No prompts, no curriculum that selects, or no prompt that is admitted.
     """
     selectors = {place: cast(_Selector, c) for place, c in places(chosen).items() if hasattr(c, "select")}
     if not selectors:
         raise UserError("curricula: none of them selects prompts; put 'uniform' first")
     if not prompts:
         raise UserError("the data set to train on is empty")
+    first = next(iter(selectors))
+    selectors[first] = _Guarded(selectors[first], chosen, states)
     demands = [n]
     for selector in reversed(list(selectors.values())[1:]):
         demands.append(_candidates(selector, demands[-1]))
@@ -65,6 +73,31 @@ def select_prompts(
         pool, after[place] = selector.select(states.get(place), pool, demand, context)
         assert len(pool) == demand, f"{place} chose {len(pool)} prompts where {demand} were asked for"
     return list(pool), after
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """The first selector: it chooses again for prompts that others do not admit."""
+
+    selector: _Selector
+    chosen: Sequence[Curriculum]
+    states: Mapping[str, Any]
+
+    def select(self, state: Any, prompts: Sequence[Prompt], n: int, context: Context) -> tuple[list[Prompt], Any]:
+        guards = {place: cast(_Admitter, c) for place, c in places(self.chosen).items() if hasattr(c, "admits")}
+        found, refused = list[Prompt](), 0
+        while len(found) < n:
+            drawn, state = self.selector.select(state, prompts, n - len(found), context)
+            assert len(drawn) == n - len(found), f"{len(drawn)} prompts where {n - len(found)} were asked for"
+            fit = [p for p in drawn if all(g.admits(self.states.get(at), p, context) for at, g in guards.items())]
+            found, refused = found + fit, 0 if fit else refused + len(drawn)
+            if refused > 2 * len(prompts):
+                names = ", ".join(f"'{curricula.name_of(c)}'" for c in self.chosen if hasattr(c, "admits"))
+                raise UserError(
+                    f"curricula: {names} left out the last {refused} prompts that were drawn, of {len(prompts)}: "
+                    "give the model prompts that it sometimes solves, or let them in again with recheck_every"
+                )
+        return found, state
 
 
 def keeps(chosen: Sequence[Curriculum], states: Mapping[str, Any], group: Group) -> str | None:

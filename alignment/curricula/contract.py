@@ -1,11 +1,14 @@
 """What a curriculum is.
 
-Each does at least one of three things:
+Each does at least one of four things:
 
 ``select(state, prompts, n, context) -> (chosen, state)``
     Chooses ``n`` of ``prompts``. The first selector sees the whole data set, each later one what the one before chose.
     One with ``draws = True`` keeps count of the data set, so it must be the first. One with ``candidates(n)`` says how
     many it wants to choose ``n`` from, so it stands behind another.
+``admits(state, prompt, context) -> bool``
+    Whether a prompt may be sampled. The first selector is asked for another one in place of each that may not, so
+    wherever in a list it stands, the selectors behind the first choose among admitted prompts only.
 ``keep(state, group) -> bool``
     Whether a scored group is trained on; ``max_refills`` bounds how much is sampled in place of those that are not.
 ``replay(state, need, context) -> groups``
@@ -22,9 +25,9 @@ from alignment.registry import Registry
 
 @runtime_checkable
 class Curriculum(Protocol):
-    """Anything with ``select``, ``keep`` or ``replay``, as the module describes. The registry asks for one of them."""
+    """Anything with ``select``, ``admits``, ``keep`` or ``replay``; the registry asks for one of them."""
 
 
 curricula: Registry[Curriculum] = Registry(
-    "curricula", Curriculum, "Which prompts and groups are trained on", any_of=("select", "keep", "replay")
+    "curricula", Curriculum, "Which prompts and groups are trained on", any_of=("select", "admits", "keep", "replay")
 )

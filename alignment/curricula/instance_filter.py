@@ -1,18 +1,13 @@
 """Prompts that teach nothing are left out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from alignment.curricula.contract import curricula
-from alignment.curricula.orders import order
 from alignment.curricula.outcomes import own
-from alignment.errors import UserError
 from alignment.registry import option
 from alignment.types import Context, Prompt, Signals
-
-CHUNK = 1024
-"""Prompts that are looked at before the next part of an order is turned into a list."""
 
 
 @curricula.register(
@@ -23,7 +18,7 @@ CHUNK = 1024
 )
 @dataclass(frozen=True)
 class InstanceFilter:
-    """Epochs over the data set without the prompts on which the policy never succeeded.
+    """Leaves out the prompts on which the policy never succeeded, whichever curriculum draws them.
 
     A prompt is left out once its last ``rollouts`` rollouts in a row were all wrong; with ``drop_mastered`` also once
     they were all right. One success (or, with that, one failure) begins the count anew.
@@ -38,8 +33,6 @@ class InstanceFilter:
     ``recheck_every`` lets prompts in again after so many steps, since what was hopeless may not stay so.
     """
 
-    draws: ClassVar[bool] = True
-
     rollouts: Annotated[int, option("in a row, all alike, that settle it", unit="rollouts", ge=1)] = 8
     drop_mastered: Annotated[bool, option("leave out prompts that are always solved, too")] = False
     recheck_every: Annotated[
@@ -49,34 +42,12 @@ class InstanceFilter:
     def init(self) -> dict[str, Any]:
         """``runs``: rollouts in a row that were wrong (below 0) or right, by prompt id, where it matters; ``dropped``:
         the step at which a prompt was left out."""
-        return {"epoch": 0, "cursor": 0, "runs": {}, "dropped": {}}
+        return {"runs": {}, "dropped": {}}
 
-    def select(
-        self, state: Any, prompts: Sequence[Prompt], n: int, context: Context
-    ) -> tuple[list[Prompt], dict[str, Any]]:
-        """The next ``n`` prompts of the epoch's order that are not left out.
-
-        Raises:
-            UserError: There is none.
-        """
-        epoch, cursor, chosen, passed = state["epoch"], state["cursor"], list[Prompt](), 0
-        while len(chosen) < n:
-            chunk = order("instance_filter", context.seed, epoch, len(prompts))[cursor : cursor + CHUNK].tolist()
-            for i in chunk:
-                cursor, passed = cursor + 1, passed + 1
-                if not self._out(state["dropped"], prompts[i].id, context.step):
-                    chosen.append(prompts[i])
-                    passed = 0
-                    if len(chosen) == n:
-                        break
-            if cursor == len(prompts):
-                epoch, cursor = epoch + 1, 0
-            if passed > 2 * len(prompts):
-                raise UserError(
-                    f"instance_filter: all {len(prompts)} prompts are left out; give the model prompts that it "
-                    f"sometimes solves, or let them in again with recheck_every"
-                )
-        return chosen, {**state, "epoch": epoch, "cursor": cursor}
+    def admits(self, state: Any, prompt: Prompt, context: Context) -> bool:
+        """Whether it was not left out, or long enough ago."""
+        since = state["dropped"].get(prompt.id)
+        return since is None or (self.recheck_every is not None and context.step - since >= self.recheck_every)
 
     def observe(self, state: Any, signals: Signals) -> dict[str, Any]:
         """Judges the prompts of all sampled groups."""
@@ -92,7 +63,7 @@ class InstanceFilter:
                 dropped[at] = signals.context.step
             elif run:
                 runs[at] = run
-        return {**state, "runs": runs, "dropped": dropped}
+        return {"runs": runs, "dropped": dropped}
 
     def run(self, before: int, verdicts: Sequence[bool]) -> int:
         """Rollouts in a row that were wrong (as a negative number) or, if that counts, right, after a group.
@@ -107,10 +78,6 @@ class InstanceFilter:
     def metrics(self, state: Any) -> dict[str, float]:
         """``dropped``: prompts that are left out."""
         return {"dropped": float(len(state["dropped"]))}
-
-    def _out(self, dropped: Mapping[str, int], at: str, step: int) -> bool:
-        since = dropped.get(at)
-        return since is not None and (self.recheck_every is None or step - since < self.recheck_every)
 
 
 def admission_probability(p: float, n: int) -> float:

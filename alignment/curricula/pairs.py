@@ -9,7 +9,7 @@ from alignment.curricula.contract import Curriculum, curricula
 from alignment.curricula.shuffled import Shuffled
 
 Verdict = Literal["works", "warns", "refused"]
-DRAWERS = ("instance_filter", "level_schedule", "self_evolving", "uniform")
+DRAWERS = ("level_schedule", "self_evolving", "uniform")
 """They draw from the whole data set and keep count of it, so a list has one of them, first."""
 REFINERS = ("prompt_curriculum", "thompson")
 """They choose among the candidates that another one drew."""
@@ -46,8 +46,16 @@ PAIRS: dict[tuple[str, str], Pair] = {
     ("difficulty_filter", "self_evolving"): _SHARES,
     ("difficulty_filter", "thompson"): _WASTED,
     ("difficulty_filter", "uniform"): Pair("works", "with the band 0 to 1 it is dynamic sampling"),
+    ("instance_filter", "instance_filter"): Pair("works", "a prompt must be let in by both"),
+    ("instance_filter", "level_schedule"): Pair(
+        "warns",
+        "the level is judged by the prompts that are let in, so the next one opens sooner than by the whole level; and "
+        "where a level is hopeless throughout, nothing is left of it to open the next",
+    ),
     ("instance_filter", "prompt_curriculum"): Pair("works", "candidates without the hopeless ones"),
+    ("instance_filter", "self_evolving"): Pair("works", "arms are drawn again for prompts that are left out"),
     ("instance_filter", "thompson"): Pair("works", "candidates without the hopeless ones"),
+    ("instance_filter", "uniform"): Pair("works", "epochs without the hopeless ones"),
     ("level_schedule", "prompt_curriculum"): _NEVER,
     ("level_schedule", "thompson"): _NEVER,
     ("prompt_curriculum", "prompt_curriculum"): Pair("refused", "one model would be fitted twice in a step"),
@@ -61,7 +69,7 @@ PAIRS: dict[tuple[str, str], Pair] = {
     **dict.fromkeys(combinations_with_replacement(DRAWERS, 2), _TWO_DRAWERS),
     **{
         (min(name, "sample_buffer"), max(name, "sample_buffer")): Pair("works", "with a filter beside them")
-        for name in (*DRAWERS, *REFINERS)
+        for name in (*DRAWERS, *REFINERS, "instance_filter")
     },
 }
 """By the names of both, sorted. Every pair of this project's is here."""

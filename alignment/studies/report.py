@@ -41,12 +41,13 @@ def check_page(before: str, name: str) -> None:
 def markdown(results: Mapping[str, Any]) -> str:
     """The verdict, what it rests on, and what the papers say."""
     primary, measure = results["primary"], results["measure"]
-    named = _measure(measure)
+    named, score = _measure(measure), _score(measure)
     found = f"{primary['mean']:+.4f} {_span(primary)}; at least {primary['minimum_effect']:g} was claimed."
     lines = [f"**Verdict: {results['verdict']}.** {primary['arm']} over {primary['against']}, {named}: {found}"]
-    lines += ["", f"![Accuracy over {measure['over']}]({results['study']}.png)", ""]
+    lines += ["", f"![Held-out {score} over {AXES[measure['over']][0]}]({results['study']}.png)", ""]
     lines += [
-        f"| arm | {named} ({primary['level']:.0%}) | last evaluation | steps | generated tokens | FLOP | chosen |"
+        f"| arm | {named} ({primary['level']:.0%}) | {score}, last evaluation | steps | generated tokens | FLOP "
+        "| chosen |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [_row(arm) for arm in results["arms"]]

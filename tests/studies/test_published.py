@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.studies import report
 from alignment.studies.claim import read_claim
 
 ROOT = Path(__file__).parents[2]
@@ -29,10 +30,18 @@ def test_results_claim_and_page_are_of_one_study(folder):
     }
     assert results["sources_sha256"] == files and recipe.name in files
     assert any(name.endswith("_parts.py") for name in files)
-    assert f"**Verdict: {results['verdict']}.**" in page
+    assert f"**Verdict: {results['verdict']}.**" in page and report.page(results, page) == page
     assert (ROOT / "docs/studies" / f"{folder.name}.png").stat().st_size > 1000
     claim = read_claim(folder / "claim.yaml").claim
     assert {arm["arm"] for arm in results["arms"]} == set(claim.compared)
     assert list(results["seeds"]["report"]) == list(claim.report_seeds)
     for arm in results["arms"]:
         assert f"| {arm['arm']} | {arm['value']:.4f} (" in page
+
+
+def test_a_page_names_what_was_measured():
+    accuracy, hard = (
+        (ROOT / f"docs/studies/{name}.md").read_text(encoding="utf-8") for name in ("curriculum", "entropy")
+    )
+    assert "![Held-out accuracy over generated tokens]" in accuracy and "| accuracy, last evaluation |" in accuracy
+    assert "![Held-out pass@16 of hard/* over steps]" in hard and "| pass@16 of hard/*, last evaluation |" in hard
