@@ -70,6 +70,10 @@ class PreferenceStage(RolloutStage):
         """Whether the learner has to keep one."""
         return self.compares and self.reference.kept
 
+    def merges(self, stage_step: int) -> bool:
+        """Whether the adapter is merged into the model before a step."""
+        return self.needs_reference and hasattr(self.reference, "merges") and self.reference.merges(stage_step)  # pyright: ignore[reportAttributeAccessIssue]
+
     @property
     def mismatched(self) -> bool:
         """Whether any loss asks for prompts with other ones' completions."""
