@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from alignment.algorithms import binary_preferences  # noqa: F401 - they register losses
+from alignment.algorithms import binary_preferences, masked_preferences  # noqa: F401 - they register losses
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.preference_objective import PreferenceObjective
 from alignment.algorithms.preferences import PreferenceLoss, check_losses, preference_losses

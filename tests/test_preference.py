@@ -25,6 +25,7 @@ PAIRS = [
 ]  # fmt: skip
 LOSSES = [
     "dpo", "robust_dpo", "ipo", "hinge", "length_normalized_dpo", "simpo", "orpo", "mm_dpo", "kto", "bco",
+    "mapo",
 ]  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_every_loss_teaches_the_preferred_side(tmp_path, loss):
     }
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "mapo"])
 def test_packing_changes_nothing(tmp_path, loss):
     """Though the sides of one pair stand beside those of others."""
     found = []
@@ -161,12 +162,13 @@ def test_a_cached_reference_is_a_copied_one(tmp_path):
         given(losses=["dpo"]),
         given(losses=[{"name": "dpo", "weight": 0.8}, {"name": "bco", "weight": 0.2}, "nll"]),
         given(losses=["kto"]),
+        given(losses=["mapo", "nll"]),
         given(reference="cached"),
         given(reference={"name": "ema", "decay": 0.5}),
         {**SAMPLED, "losses": ["dpo"]},
         {**SAMPLED, "pairs": {"name": "all", "every": 2}, "reference": {"name": "refreshed", "every": 2}},
     ],
-    ids=["dpo", "mpo", "kto", "cached", "ema", "online", "iterative"],
+    ids=["dpo", "mpo", "kto", "mapo", "cached", "ema", "online", "iterative"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stage):
     found = {}
@@ -294,6 +296,11 @@ def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
         ({**given(), "prompts_per_step": 4}, "stages.0.prompts_per_step: says how completions are sampled"),
         ({**SAMPLED, "reference": "cached"}, "stages.0.reference: 'cached' is computed once"),
         ({**given(losses=["kto"], reference="cached")}, "stages.0.reference: 'cached' has nothing of prompts with"),
+        (
+            {**given(losses=["mapo"], reference="cached")},
+            "stages.0.reference: 'cached' has no distributions, which 'mapo'",
+        ),
+        ({**given(losses=["mapo"], learner="deepspeed", cluster="ray")}, "stages.0.learner: does not compare distribu"),
         ({**given(losses=["simpo"], reference="cached")}, "stages.0.reference: is not looked at by simpo"),
         ({**SAMPLED, "group_size": 1}, "stages.0.group_size: 1 makes no pair"),
         ({**SAMPLED, "max_staleness": 1}, "stages.0.max_staleness: .*"),

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignment.algorithms.preferences import Pairs, PreferenceLoss, Rows, preference_losses
+from alignment.algorithms.preferences import Masked, Pairs, PreferenceLoss, Rows, preference_losses
 from alignment.algorithms.state import annotations, needs_of
 from alignment.types import Batch
 
+PER_TOKEN = ("entropy", "logp", "divergence", "sparsity/ratio", "sparsity/divergence")
 CHOSEN, REJECTED, MISMATCHED, GROUND_TRUTH = 1, -1, 0, 2
 
 
@@ -41,6 +42,15 @@ class PreferenceObjective:
     def wants_logp(self) -> bool:
         """Whether :meth:`prepare` must be given log-probabilities of the policy before the mini-batch's step."""
         return any("logp" in needs_of(loss) for loss, _ in self.losses)
+
+    @property
+    def token_masks(self) -> Any:
+        """Where the masks of tokens come from that a loss asks for; None where none does.
+
+        :meth:`loss` then wants ``masks_BT2`` and ``divergence_BT`` in its rows.
+        """
+        asked = (getattr(loss, "token_masks", None) for loss, _ in self.losses)
+        return next((masks for masks in asked if masks is not None), None)
 
     @torch.no_grad()
     def prepare(self, minibatch: Batch) -> Batch:
@@ -86,7 +96,7 @@ class PreferenceObjective:
         sums |= _pair_sums(pairs) | {"loss": total.detach(), "tokens": mask_BT.sum(), "rows": (at >= 0).sum()}
         if entropy_BT is not None:
             sums["entropy"] = torch.where(mask_BT, entropy_BT, 0.0).detach().sum()
-        sums["logp"] = logp_BT.detach().sum()
+        sums |= {"logp": logp_BT.detach().sum()} | _mask_sums(micro)
         if micro.shift_B is not None and self.wants_logp:
             sums["shift_max"] = micro.shift_B.max()
         return total, sums
@@ -98,7 +108,8 @@ class PreferenceObjective:
         ``accuracy/pairs`` (the share whose preferred completion has the higher implicit reward), ``margin``,
         ``ratio/chosen`` and ``ratio/rejected`` (nats; without a reference log-probabilities per token),
         ``logp/chosen``, ``logp/rejected``, ``length/chosen`` and ``length/rejected``; ``logp`` and, if it was computed,
-        ``entropy`` per trained token; ``kl_shift``, KTO's z.
+        ``entropy`` per trained token; ``kl_shift``, KTO's z. With masks of tokens ``divergence`` per token, before
+        masking, and ``sparsity/ratio`` and ``sparsity/divergence``, the shares of tokens whose mask is 0.
         """
         totals = {name: float(value) for name, value in sums.items()}
         pairs, tokens = totals.pop("pairs"), totals.pop("tokens")
@@ -107,7 +118,7 @@ class PreferenceObjective:
             found[f"loss/{name}"] = totals.pop(f"loss/{i}")
         if "shift_max" in totals:
             found["kl_shift"] = totals.pop("shift_max")
-        per_token = {name: totals.pop(name) / tokens for name in ("entropy", "logp") if name in totals and tokens}
+        per_token = {name: totals.pop(name) / tokens for name in PER_TOKEN if name in totals and tokens}
         return found | per_token | ({name: total / pairs for name, total in totals.items()} if pairs else {})
 
     def _names(self) -> list[str]:
@@ -175,9 +186,40 @@ def _rows(logp_BT: Tensor, micro: Batch) -> tuple[Rows, Tensor]:
     ref_BT = micro.ref_logp_BT
     ref_R = None if ref_BT is None else torch.where(mask_BT, ref_BT, 0.0).sum(1)[index]
     rows = Rows(
-        logp_BT.sum(1)[index], ref_R, mask_BT.sum(1)[index].float(), micro.side_B[index] == CHOSEN, micro.shift_B[index]
+        logp_BT.sum(1)[index],
+        ref_R,
+        mask_BT.sum(1)[index].float(),
+        micro.side_B[index] == CHOSEN,
+        micro.shift_B[index],
+        _masked(logp_BT, micro, index),
     )
     return rows, at
+
+
+def _masked(logp_BT: Tensor, micro: Batch, index: Tensor) -> Masked | None:
+    """What the masks of the rows ``index`` leave."""
+    if micro.masks_BT2 is None:
+        return None
+    assert micro.divergence_BT is not None and micro.ref_logp_BT is not None, "masks come with divergences"
+    masks_BT2 = torch.where(micro.loss_mask_BT[..., None], micro.masks_BT2, 0.0)
+    ratio_BT, divergence_BT = logp_BT - micro.ref_logp_BT, micro.divergence_BT
+    found_BT2 = masks_BT2 * torch.stack([ratio_BT, divergence_BT], -1)
+    ratio_R, divergence_R = torch.where(micro.loss_mask_BT[..., None], found_BT2, 0.0).sum(1)[index].unbind(-1)
+    return Masked(ratio_R, divergence_R, masks_BT2.sum(1)[index])
+
+
+@torch.no_grad()
+def _mask_sums(micro: Batch) -> dict[str, Tensor]:
+    """Over tokens: the divergence, and how many masks are 0."""
+    if micro.masks_BT2 is None or micro.divergence_BT is None:
+        return {}
+    zero_N2 = micro.masks_BT2[micro.loss_mask_BT] == 0
+    ratio, divergence = zero_N2.sum(0).unbind()
+    return {
+        "divergence": micro.divergence_BT[micro.loss_mask_BT].sum(),
+        "sparsity/ratio": ratio,
+        "sparsity/divergence": divergence,
+    }
 
 
 def _pairs(rows: Rows, micro: Batch, at: Tensor) -> Pairs:

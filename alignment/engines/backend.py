@@ -135,9 +135,10 @@ class OneProcess:
         self.trained, self.fresh_adapter = trained_of(module, self.head), is_fresh(module)
         self.autocast = config.autocast == "bfloat16"
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, self.autocast)
-        self._forward: Callable[..., Any] = (
-            module if plain else LogProbs(module, config.logits_chunk_mb, self.autocast, self.head, config.packing)
-        )
+        self.logprobs: LogProbs | None = None
+        if not plain:
+            self.logprobs = LogProbs(module, config.logits_chunk_mb, self.autocast, self.head, config.packing)
+        self._forward: Callable[..., Any] = self.logprobs or module
         self._frozen: tuple[frozenset[str], str] | None = None
 
     def forward(self, *args: Any) -> Any:

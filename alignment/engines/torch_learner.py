@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from alignment.adapters import merge_adapter
 from alignment.engines.backend import OneProcess
 from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.masked_goal import MaskedGoal
 from alignment.engines.outgoing import Form, buckets, outgoing
 from alignment.engines.policy_learner import MAIN_SLOT, PolicyLearner, PolicyObjective
 from alignment.engines.roles import RoleSpec
 from alignment.engines.value_roles import shared_head
-from alignment.types import keyed_seed
+from alignment.types import Batch, keyed_seed
 
 
 class TorchLearner(PolicyLearner):
@@ -42,6 +43,16 @@ class TorchLearner(PolicyLearner):
     ) -> None:
         backend = OneProcess(module, config, shared_head(roles, module.config))
         super().__init__(backend, config, total_updates, seed, reference, roles)
+
+    def update(self, batch: Batch, objective: PolicyObjective | None, slot: str = MAIN_SLOT) -> dict[str, float]:
+        """As :meth:`PolicyLearner.update`, also for an objective whose loss has masks of tokens."""
+        if getattr(objective, "token_masks", None) is None:
+            return super().update(batch, objective, slot)
+        assert objective is not None
+        own = self.slot(slot)
+        goal = MaskedGoal(self.backend, objective, self.annotate, own.counts, reference=self._reference_weights)
+        with self._training():
+            return {"tokens": 0.0} | self._fit(slot, goal, goal.loss, batch.to(self.device), own, self.backend)
 
     def merge_adapter(self, number: int) -> bool:
         """Adds the LoRA adapter to the weights below it for good and begins it anew: a round of iterative training.
