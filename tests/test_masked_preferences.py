@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignment.algorithms.masked_preferences import Mapo, activation_mask, rescaled
+from alignment.algorithms.masked_preferences import LearnedMasks, Mapo, SparsePo, activation_mask, rescaled
 from alignment.algorithms.preference_objective import PreferenceObjective
+from alignment.algorithms.preferences import Dpo, check_losses
 from alignment.engines.activations import taken
 from alignment.engines.gradients import accumulate
 from alignment.engines.masked_goal import MaskedGoal
+from alignment.engines.token_masks import MASKS, MaskNetwork, MaskRole, MaskRoleSpec
 from alignment.engines.torch_learner import TorchLearner
 from alignment.errors import UserError
 from alignment.types import Batch
@@ -83,6 +85,43 @@ def test_a_row_is_rescaled_by_itself_and_equal_values_all_count():
     assert mask_N.tolist() == pytest.approx([0.25, (0.5 + 1 / 3) / 2, 0.75])
 
 
+def test_masks_have_a_price():
+    masks = torch.full((2, 2, 2), 0.5).tolist()
+    plain = toy_loss(masks, Mapo(beta=0.5))[0]
+    options: dict[str, Any] = {"beta": 0.5, "l1_ratio": 0.1, "l1_divergence": 0.01}
+    independent, common = SparsePo(masks="independent", **options), SparsePo(**options)
+    assert toy_loss(masks, SparsePo(beta=0.5))[0] == pytest.approx(plain)
+    assert toy_loss(masks, independent)[0] == pytest.approx(plain + 0.1 * 2 + 0.01 * 2)
+    assert toy_loss(masks, common)[0] == pytest.approx(plain + (0.1 * 2 + 0.01 * 2) / 2)
+    found = []
+    for loss in (SparsePo(beta=0.5), independent):
+        objective, batch = PreferenceObjective([(loss, None)]), toy(masks)
+        assert batch.masks_BT2 is not None
+        masks_BT2 = batch.masks_BT2.requires_grad_()
+        objective.loss(torch.zeros(2, 5), None, objective.prepare(batch))[0].backward()
+        found.append(masks_BT2.grad)
+    price = torch.tensor([0.1, 0.01]).expand(2, 2, 2)
+    torch.testing.assert_close((found[1] - found[0])[:, 3:], price)
+    assert not found[1][:, :3].any(), "padding and prompts cost nothing"
+
+
+def test_a_network_makes_a_mask_that_is_exactly_0_where_nothing_speaks_for_a_token():
+    network: Any = MaskNetwork(2, 3, 0.0)
+    with torch.no_grad():
+        for weight, bias, score in (
+            ([1.0, 0.0, -1.0], 0.5, network.score[0]),
+            ([0.0, 2.0, 0.0], 0.0, network.score[1]),
+        ):
+            score.weight.copy_(torch.tensor([weight]))
+            score.bias.fill_(bias)
+        network.mix.weight.copy_(torch.tensor([[0.5, 3.0]]))
+    half = (3 / 2) ** 0.5  # what (-1, 0, 1) is after the norm
+    states = [torch.tensor([[1.0, 0.0, -1.0], [-1.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, -1.0], [0.0, -1.0, 1.0]])]
+    expected = [0.5 * (2 * half + 0.5) + 3 * 2 * half, 0.0]
+    assert network(states).tolist() == pytest.approx(expected, abs=1e-4)
+    assert all((MaskNetwork(4, 3, 0.0).mix.weight > 0).all() for _ in range(5)), "no mask is 0 for good"
+
+
 def paired(learner: TorchLearner) -> Batch:
     """Pairs at several temperatures, one token of a row left out of the loss, and a demonstration."""
     batch = make_batch(rows=9)
@@ -104,16 +143,22 @@ def moved(module: nn.Module) -> nn.Module:
 
 
 def gradients(learner: TorchLearner, batch: Batch, objective: PreferenceObjective, budget: int = 10_000) -> Any:
-    counts = learner.slots["rl"].counts
-    goal = MaskedGoal(learner.backend, objective, learner.annotate, counts, reference=learner._reference_weights)
+    counts, role = learner.slots["rl"].counts, learner.roles.get(MASKS)
+    assert role is None or isinstance(role, MaskRole)
+    goal = MaskedGoal(
+        learner.backend, objective, learner.annotate, counts, reference=learner._reference_weights, masks=role
+    )
     loss, sums = accumulate(learner.backend, goal.loss, goal.prepare(batch), budget)
     found = {name: p.grad.clone() for name, p in learner.trained.items() if p.grad is not None}
     learner.backend.forget_gradients()
+    if role is not None:
+        found |= {f"masks.{n}": p.grad.clone() for n, p in role.backend.trained.items() if p.grad is not None}
+        role.backend.forget_gradients()
     return float(loss), found, goal.finish(sums)
 
 
 def by_hand(learner: TorchLearner, batch: Batch, beta: float) -> Tensor:
-    """MaPO's loss from whole logits and from states that transformers returns, for a model like Llama."""
+    """The loss from whole logits and from what parts of the model were called with, for one like Llama."""
     module: Any = learner.module
     with torch.no_grad(), learner._reference_weights():
         seen: dict[str, list[Tensor]] = {"mlp": [], "attention": [], "residual": []}
@@ -133,15 +178,17 @@ def by_hand(learner: TorchLearner, batch: Batch, beta: float) -> Tensor:
     values: list[Tensor] = []
     for b in range(len(batch)):
         at = batch.loss_mask_BT[b].nonzero()[:, 0]
-        kinds = [*seen.values(), [reference]]
-        mask_t = torch.stack(
-            [torch.stack([_minmax(layer[b, at - 1].mean(-1)) for layer in layers]).mean(0) for layers in kinds]
-        ).mean(0)
+        if MASKS in learner.roles:
+            mask_t2 = learner.roles[MASKS].backend.module([layer[b, at - 1] for layer in seen["residual"]])
+        else:
+            kinds = [*seen.values(), [reference]]
+            means = [torch.stack([_minmax(layer[b, at - 1].mean(-1)) for layer in layers]).mean(0) for layers in kinds]
+            mask_t2 = torch.stack(means).mean(0)[:, None].expand(-1, 2)
         logp, ref = ((x[b, at - 1] / batch.temperature_B[b]).log_softmax(-1) for x in (policy, reference))
         token = batch.ids_BT[b, at]
         r_t = (logp - ref).gather(1, token[:, None])[:, 0]
         k_t = (ref.exp() * (ref - logp)).sum(-1)
-        values.append((mask_t * (r_t + k_t)).sum())
+        values.append((mask_t2 * torch.stack([r_t, k_t], -1)).sum())
     h = torch.stack([values[i] - values[i + 1] for i in range(0, 8, 2)])
     return -torch.nn.functional.logsigmoid(beta * h).mean()
 
@@ -157,16 +204,34 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradient_are_those_of_whole_logits(kind):
-    learner = learner_of(MODELS[kind](), reference=True, logits_chunk_mb=chunk_mb(3))
+def learned(module: nn.Module, loss: Any, **options: Any) -> TorchLearner:
+    """A learner with what the loss asks for beside the policy."""
+    masks = loss.token_masks
+    roles: Any = {MASKS: MaskRoleSpec(masks, seed=2)} if isinstance(masks, LearnedMasks) else {}
+    return learner_of(module, reference=True, roles=roles, **options)
+
+
+SPARSE = [SparsePo(beta=0.5, dropout=0.0), SparsePo(beta=0.5, dropout=0.0, masks="independent")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"), [*((kind, Mapo(beta=0.5)) for kind in MODELS), *(("lora", loss) for loss in SPARSE)]
+)
+def test_loss_and_gradient_are_those_of_whole_logits(kind, loss):
+    learner = learned(MODELS[kind](), loss, logits_chunk_mb=chunk_mb(3))
     moved(learner.module)
     batch = paired(learner)
-    loss, found, metrics = gradients(learner, batch, PreferenceObjective([(Mapo(beta=0.5), None)]))
+    found_loss, found, metrics = gradients(learner, batch, PreferenceObjective([(loss, None)]))
     expected = by_hand(learner, batch, 0.5)
     expected.backward()
-    assert loss == pytest.approx(float(expected.detach()), rel=1e-4) and abs(loss - math.log(2)) > 1e-2
-    assert_close(found, {n: p.grad for n, p in learner.trained.items() if p.grad is not None}, rtol=1e-3)
+    assert found_loss == pytest.approx(float(expected.detach()), rel=1e-4) and abs(found_loss - math.log(2)) > 1e-3
+    trained = dict(learner.trained)
+    if MASKS in learner.roles:
+        trained |= {f"masks.{name}": p for name, p in learner.roles[MASKS].backend.trained.items()}
+        assert any("masks." in name and p.grad is not None and p.grad.any() for name, p in trained.items())
+        assert metrics["sparsity/ratio"] > 0
+        assert (metrics["sparsity/ratio"] == metrics["sparsity/divergence"]) == (loss.masks == "common")
+    assert_close(found, {n: p.grad for n, p in trained.items() if p.grad is not None}, rtol=1e-3)
     assert metrics["divergence"] > 0.01
 
 
@@ -186,11 +251,12 @@ def test_of_other_architectures_activations_are_taken():
             pass
 
 
-def test_splitting_and_padding_change_nothing():
-    learner = learner_of(tiny(), reference=True)
+@pytest.mark.parametrize("masked", [Mapo(beta=0.5), *SPARSE], ids=["mapo", "common", "independent"])
+def test_splitting_and_padding_change_nothing(masked):
+    learner = learned(tiny(), masked)
     moved(learner.module)
     batch = paired(learner)
-    objective = PreferenceObjective([(Mapo(beta=0.5), None)])
+    objective = PreferenceObjective([(masked, None)])
     loss, found, metrics = gradients(learner, batch, objective)
     shuffled = batch.rows([7, 3, 0, 5, 8, 2, 6, 1, 4])
     wide = replace(widen(replace(batch, adv_BT=batch.behaviour_logp_BT), 3), adv_BT=None)
@@ -210,3 +276,32 @@ def test_at_the_reference_the_loss_is_that_of_a_coin_and_an_update_is_one_of_its
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["divergence"] == pytest.approx(0, abs=1e-6)
     assert metrics["entropy"] > 0 and learner.update(batch, objective)["loss"] < metrics["loss"]
+
+
+def test_masks_are_learned_with_an_optimizer_of_their_own_which_is_saved(tmp_path):
+    loss = SparsePo(masks="independent", dropout=0.1, l1_ratio=0.01)
+    objective = PreferenceObjective([(loss, None)])
+    whole, saved, restored = (learned(tiny(), loss) for _ in range(3))
+    batch, before = paired(whole), parameters(whole)
+    metrics = whole.update(batch, objective)
+    assert metrics["masks/grad_norm"] > 0
+    moments = whole.roles[MASKS].slot.adamw  # pyright: ignore[reportOptionalMemberAccess]
+    assert {group["weight_decay"] for group in moments.param_groups} == {loss.weight_decay, 0.0}
+    assert moments is not whole.slots["rl"].adamw and moments.state
+    assert any(not torch.equal(now, before[name]) for name, now in parameters(whole).items())
+    assert saved.update(batch, objective) == metrics
+    saved.save(tmp_path)
+    restored.restore(tmp_path)
+    assert restored.update(batch, objective) == whole.update(batch, objective)
+    assert all(torch.equal(now, parameters(whole)[name]) for name, now in parameters(restored).items())
+    assert restored.fingerprint() == whole.fingerprint()
+
+
+def parameters(learner: TorchLearner) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in learner.roles[MASKS].backend.trained.items()}
+
+
+def test_two_masks_are_refused():
+    with pytest.raises(UserError, match="losses has two with masks of tokens"):
+        check_losses((Mapo(), SparsePo()))
+    check_losses((Mapo(), Dpo()))

@@ -25,7 +25,7 @@ PAIRS = [
 ]  # fmt: skip
 LOSSES = [
     "dpo", "robust_dpo", "ipo", "hinge", "length_normalized_dpo", "simpo", "orpo", "mm_dpo", "kto", "bco",
-    "mapo",
+    "mapo", "sparse_po",
 ]  # fmt: skip
 
 
@@ -163,12 +163,13 @@ def test_a_cached_reference_is_a_copied_one(tmp_path):
         given(losses=[{"name": "dpo", "weight": 0.8}, {"name": "bco", "weight": 0.2}, "nll"]),
         given(losses=["kto"]),
         given(losses=["mapo", "nll"]),
+        given(losses=[{"name": "sparse_po", "dropout": 0.1, "masks": "independent"}]),
         given(reference="cached"),
         given(reference={"name": "ema", "decay": 0.5}),
         {**SAMPLED, "losses": ["dpo"]},
         {**SAMPLED, "pairs": {"name": "all", "every": 2}, "reference": {"name": "refreshed", "every": 2}},
     ],
-    ids=["dpo", "mpo", "kto", "mapo", "cached", "ema", "online", "iterative"],
+    ids=["dpo", "mpo", "kto", "mapo", "sparse_po", "cached", "ema", "online", "iterative"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stage):
     found = {}

@@ -5,18 +5,29 @@ Suffix beside the legend of :mod:`alignment.types`: N trained tokens of some row
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignment.algorithms.preferences import REFERENCE, Beta, Pairs, Weight, preference_losses
+from alignment.registry import option
 
 
 @dataclass(frozen=True)
 class ActivationMasks:
     """One mask for both, from activations of the reference; nothing is learned."""
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """Masks that networks make of the reference's hidden states, and learn with the policy."""
+
+    independent: bool
+    """One for ratios and another for divergences; or one for both."""
+    dropout: float
+    weight_decay: float
 
 
 @preference_losses.register(
@@ -39,6 +50,41 @@ class Mapo:
     def pair_loss(self, state: None, pairs: Pairs) -> Tensor:
         """``[P]``."""
         return -logsigmoid(self.beta * masked_h(pairs))
+
+
+@preference_losses.register("sparse_po", source="SparsePO (arXiv 2410.05102)", evidence="end to end")
+@dataclass(frozen=True)
+class SparsePo:
+    """``-log sigmoid(beta (v_w - v_l)) + penalty`` with ``v = sum_t m^u_t r_t + m^d_t k_t`` of a completion.
+
+    As :class:`Mapo`, with masks that are learned, in an optimizer of their own with the policy's learning rate; what
+    they are made of: :class:`alignment.engines.token_masks.MaskNetwork`. The penalty is ``l1_ratio sum_t m^u_t +
+    l1_divergence sum_t m^d_t`` over both completions; half of it if the mask is common, as in the authors' code. Which
+    hidden states of a layer they read is inferred: those after it.
+    """
+
+    beta: Beta = 0.1
+    masks: Annotated[Literal["common", "independent"], option("one for ratios and divergences, or one for each")] = (
+        "common"
+    )
+    l1_ratio: Annotated[float, option("price of each unit of the mask of ratios", ge=0)] = 0.0
+    l1_divergence: Annotated[float, option("price of each unit of the mask of divergences", ge=0)] = 0.0
+    dropout: Annotated[float, option("of the masks' networks", ge=0, lt=1)] = 0.01
+    weight_decay: Annotated[float, option("of the masks' networks, per step, times lr", ge=0)] = 0.01
+    weight: Weight = 1.0
+    needs: ClassVar[tuple[str, ...]] = REFERENCE
+
+    @property
+    def token_masks(self) -> LearnedMasks:
+        """How they are made."""
+        return LearnedMasks(self.masks == "independent", self.dropout, self.weight_decay)
+
+    def pair_loss(self, state: None, pairs: Pairs) -> Tensor:
+        """``[P]``."""
+        h_P, sides = masked_h(pairs), [side.masked.size_R2 for side in (pairs.chosen, pairs.rejected) if side.masked]
+        price_2 = torch.tensor([self.l1_ratio, self.l1_divergence], dtype=h_P.dtype, device=h_P.device)
+        share = 0.5 if self.masks == "common" else 1.0
+        return -logsigmoid(self.beta * h_P) + share * (sum(sides) * price_2).sum(-1)
 
 
 def masked_h(pairs: Pairs) -> Tensor:

@@ -7,20 +7,23 @@ A micro-batch goes through the reference first, whose logits before the trained 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignment.algorithms.masked_preferences import ActivationMasks, activation_mask
+from alignment.algorithms.masked_preferences import LearnedMasks, activation_mask
 from alignment.engines.activations import Kind, taken
 from alignment.engines.backend import OneProcess
 from alignment.engines.logprobs import LogProbs, Trained, evaluating
 from alignment.engines.policy_goal import PolicyGoal
+from alignment.engines.token_masks import MaskRole
 from alignment.types import Batch
 
-KINDS: tuple[Kind, ...] = ("mlp", "attention", "residual")
+ACTIVE: tuple[Kind, ...] = ("mlp", "attention", "residual")
+"""Beside the logits, what :class:`~alignment.algorithms.masked_preferences.Mapo` takes masks from."""
+READ: tuple[Kind, ...] = ("residual",)
+"""What networks make masks of."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,25 @@ class MaskedGoal(PolicyGoal):
 
     reference: Callable[[], AbstractContextManager[None]] = field(kw_only=True)
     """The policy's module is the reference inside."""
+    masks: MaskRole | None = field(kw_only=True, default=None)
+    """What learns masks, for an objective whose masks are learned."""
 
     def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if not micro.loss_mask_BT.any():
             return super().loss(micro)
         assert isinstance(self.backend, OneProcess) and self.backend.logprobs is not None
         logprobs, trained = self.backend.logprobs, Trained.of(micro, self.backend.logprobs.body)
+        learned = isinstance(self.objective.token_masks, LearnedMasks)  # pyright: ignore[reportAttributeAccessIssue]
+        kinds, reduce = (READ, _whole) if learned else (ACTIVE, _mean_feature)
         with torch.no_grad(), evaluating(self.backend.module), self.reference():
-            reference_NV, mask_N2 = self._reference(logprobs, trained)
+            with taken(logprobs.body, trained.place_N, kinds, reduce) as found:
+                reference_NV = _logits(logprobs, trained)
+        if learned:
+            assert self.masks is not None, "an objective whose masks are learned goes with what learns them"
+            mask_N2 = self.masks.backend.module(found["residual"])  # in float32
+        else:
+            mask_N = activation_mask([*found.values(), [_mean_feature(reference_NV)]], trained.row_N)
+            mask_N2 = mask_N[:, None].expand(-1, 2)
         entropy = self.objective.entropies != "none"
         logp_N, divergence_N, entropy_N = compared(logprobs, trained, reference_NV, entropy)
         masks_BT2, divergence_BT = trained.spread(mask_N2), trained.spread(divergence_N)
@@ -44,15 +58,6 @@ class MaskedGoal(PolicyGoal):
         return self.objective.loss(
             trained.spread(logp_N), None if entropy_N is None else trained.spread(entropy_N), micro
         )
-
-    def _reference(self, logprobs: LogProbs, trained: Trained) -> tuple[Tensor, Tensor]:
-        """Logits of the reference, and the masks that it gives."""
-        masks: Any = self.objective.token_masks  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(masks, ActivationMasks)
-        with taken(logprobs.body, trained.place_N, KINDS, _mean_feature) as found:
-            logits_NV = _logits(logprobs, trained)
-        mask_N = activation_mask([*found.values(), [_mean_feature(logits_NV)]], trained.row_N)
-        return logits_NV, mask_N[:, None].expand(-1, 2)
 
 
 def compared(
@@ -105,6 +110,10 @@ def _logits(logprobs: LogProbs, trained: Trained) -> Tensor:
     with torch.autocast(trained.token_N.device.type, dtype=torch.bfloat16, enabled=logprobs.autocast):
         head, source_NX = _source(logprobs, trained)
         return head(source_NX).float()
+
+
+def _whole(value_NH: Tensor) -> Tensor:
+    return value_NH
 
 
 def _mean_feature(value_NH: Tensor) -> Tensor:
