@@ -76,7 +76,8 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
             state = replace(state, components=_observed(stage, state.components, signals, sampled=sealed is not None))
         if sealed is not None:
             metrics |= summarise(sealed.sampled, sealed.dropped)
-        metrics |= {"pairs": float(len(pairs))} | report(stage.components(), state.components) | passed(feed.roles)
+        metrics |= {"pairs": float(sum(len(pair.rollouts) == 2 for pair in pairs))}
+        metrics |= report(stage.components(), state.components) | passed(feed.roles)
         state, after = _measured_after(job, stage, state)
         state = job.finish_step(state.next_step(), metrics | after, sealed)
     feed.close()
