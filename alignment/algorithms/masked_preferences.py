@@ -40,6 +40,10 @@ class Mapo:
     ``r_t`` is the log-ratio of a token to the reference, ``k_t`` the divergence of the policy from the reference over
     the vocabulary before it, and the mask ``m_t`` of a token says how active the reference was there:
     :func:`activation_mask`. With masks of 1 it is TDPO's first loss (arXiv 2404.11999).
+
+    Looked at are, of each layer, what its feed-forward part has behind the activation function, what its attention
+    heads put out and the state after it, and the logits. The authors' code also has queries, keys, values and states
+    around the norms.
     """
 
     beta: Beta = 0.1

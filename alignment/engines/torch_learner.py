@@ -65,7 +65,7 @@ class TorchLearner(PolicyLearner):
         with self._training():
             metrics = {"tokens": 0.0} | self._fit(slot, goal, goal.loss, batch.to(self.device), own, self.backend)
         if role is not None and role.slot is not None and metrics["optimizer_steps"]:
-            metrics["masks/grad_norm"] = role.slot.step(torch.tensor(metrics["loss"]))[1]
+            metrics["masks/grad_norm"] = role.slot.step(torch.tensor(metrics["loss"], device=self.device))[1]
         return metrics
 
     def merge_adapter(self, number: int) -> bool:
