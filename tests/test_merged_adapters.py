@@ -141,9 +141,13 @@ def test_rounds(tmp_path):
     assert [line["loss"] == coin for line in records] == [True, False, True, False, True]
 
 
-@pytest.mark.parametrize(("stop", "sampling"), [(2, True), (3, False), (5, False)], ids=["boundary", "within", "after"])
+@pytest.mark.parametrize(
+    ("stop", "sampling"),
+    [(2, True), (3, False), (4, False), (5, False)],
+    ids=["boundary", "within", "end", "after"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, sampling):
-    """Also where it stops between two rounds, and in a supervised stage after them."""
+    """Also where it stops between two rounds, after the last, and in a supervised stage after them."""
     found = {}
     for name in ("whole", "resumed"):
         folder = tmp_path / name
