@@ -9,6 +9,7 @@ from uuid import uuid4
 import torch
 from pydantic import ValidationError
 
+from alignment.adapters import merged_names
 from alignment.checkpoint import Checkpoints
 from alignment.errors import UserError
 from alignment.model_saving import save_model
@@ -29,7 +30,8 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
         run: ``RUN[@step|@best]``.
         folder: Must be empty or not exist. It appears with all its files or not at all.
         form: ``adapter``: the LoRA adapter alone. ``merged``: whole weights, with a LoRA adapter added to them.
-            ``auto``: the adapter where there is one and its base can be loaded by path, whole weights otherwise.
+            ``auto``: the adapter where there is one and its base can be loaded by path, whole weights otherwise, also
+            where earlier adapters were merged into the base.
         output: Where names of runs are looked up.
 
     Returns:
@@ -42,16 +44,17 @@ def export(run: str, folder: str | Path, form: Form = "auto", output: str | Path
     found, which = resolve(run, output)
     source = Run(found)
     config, seed = model_of(source)
-    form = _form(form, config)
+    _refuse_adapter(form, config)
     target = empty_target(folder)
     saved = Checkpoints(source.checkpoints).load(which, log.warning)
 
     model = load_model(config, seed)
     copy_policy(saved.folder, model.module)
+    alone = config.lora is not None and config.path is not None and not merged_names(model.module)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".tmp-{target.name}-{uuid4().hex}")
     try:
-        save_model(model, staging, merge=form == "merged")
+        save_model(model, staging, merge=not alone if form == "auto" else form == "merged")
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -114,11 +117,8 @@ def model_of(run: Run) -> tuple[ModelConfig, int]:
         raise UserError(f"{run.recipe}: its model is not what this program writes: {error}") from error
 
 
-def _form(form: Form, config: ModelConfig) -> Literal["adapter", "merged"]:
+def _refuse_adapter(form: Form, config: ModelConfig) -> None:
     if form == "adapter" and config.lora is None:
         raise UserError("--adapter: the run has no model.lora, so there is no adapter; use --merged")
     if form == "adapter" and config.path is None:
         raise UserError("--adapter: its base was built by the recipe and is in no folder to load it from; use --merged")
-    if form == "auto":
-        return "adapter" if config.lora is not None and config.path is not None else "merged"
-    return form

@@ -9,6 +9,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
+from alignment.adapters import merged_weights
 from alignment.checkpoint import Checkpoints, load_state
 from alignment.engines.config import Site
 from alignment.engines.optimizer import HEAD
@@ -17,7 +18,6 @@ from alignment.engines.value_model import ValueModel, save_value_model
 from alignment.engines.value_roles import HeadRoleSpec, ValueRoleSpec
 from alignment.errors import UserError
 from alignment.export import empty_target, model_of
-from alignment.model_saving import merged_weights
 from alignment.models import Tokenizer
 from alignment.origin import Origin, copy_policy
 from alignment.recipe import load

@@ -252,7 +252,8 @@ class Job:
         config = self.recipe.stages[stage]
         steps = self.state.stage_step if stage == self.state.stage else config.steps
         if isinstance(config, PreferenceStage) and not config.samples:
-            return {"pairs": min(len(self.data.preferences), steps * getattr(config.pairs, "batch_size", 1))}
+            what = "pairs" if all(len(pair.rollouts) == 2 for pair in self.data.preferences) else "judgements"
+            return {what: min(len(self.data.preferences), steps * getattr(config.pairs, "batch_size", 1))}
         if isinstance(config, RolloutStage):
             counted = self.state.counters
             shown = int(counted.get(f"demonstrations/{config.name}", 0))

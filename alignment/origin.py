@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from alignment.adapters import mark_merged
 from alignment.errors import UserError
 from alignment.models import Model, load_model
 from alignment.tensorfile import copy_into, digest, read_tensors, weights_of
@@ -45,6 +46,8 @@ def policy_weights(checkpoint: Path) -> dict[str, Tensor]:
 def copy_policy(checkpoint: Path, module: nn.Module) -> None:
     """Lays the policy of a verified checkpoint over the weights of ``module``, which is a model of the same kind.
 
+    Where adapters were merged into the base, the checkpoint has what became of it, and ``module`` remembers that.
+
     Raises:
         UserError: Names or shapes differ, or the weights that were not trained are not the ones of that run.
     """
@@ -58,3 +61,5 @@ def copy_policy(checkpoint: Path, module: nn.Module) -> None:
     if record["frozen"] != digest({name: t for name, t in own.items() if name not in new}):
         raise UserError(f"{checkpoint} was trained on another base model: set model.path (and revision) to that one")
     copy_into({name: own[name] for name in new}, new)
+    if record.get("merged"):
+        mark_merged(module, record["merged"])

@@ -25,6 +25,7 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None
     """
     for stage in recipe.stages:
         if isinstance(stage, RewardModelStage):
+            _refuse_single(stage, "a reward model", data)
             if getattr(stage.loss, "scores", False):
                 _refuse_unscored(stage, reward_losses.name_of(stage.loss), data)
         elif not isinstance(stage, PreferenceStage):
@@ -35,12 +36,15 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None
         if isinstance(stage, RewardModelStage):
             continue
         for loss in stage.losses:
+            if hasattr(loss, "pair_loss") and not stage.samples:
+                _refuse_single(stage, f"'{preference_losses.name_of(loss)}'", data)
             if getattr(loss, "scores", False) and not stage.samples:
                 _refuse_unscored(stage, preference_losses.name_of(loss), data)
         if stage.guided:
             _refuse_unguided(stage, data)
             for shown in data.demonstrations.values():
-                _refuse_long(stage, Group(0, Prompt(shown[0].prompt_id, {}), tuple(shown)), positions, sides=1)
+                for rollout in shown:
+                    _refuse_long(stage, Group(0, Prompt(rollout.prompt_id, {}), (rollout,)), positions)
         if stage.mismatched and given:
             _refuse_mismatched(stage, given, positions)
 
@@ -60,13 +64,14 @@ def _refuse_mismatched(stage: PreferenceStage, pairs: Sequence[Group], positions
             )
 
 
-def _refuse_long(stage: Paired, pair: Group, positions: int | None, sides: int = 2) -> None:
-    longest = max(len(r.prompt_ids) + len(r.token_ids) for r in pair.rollouts)
+def _refuse_long(stage: Paired, pair: Group, positions: int | None) -> None:
+    longest, sides = max(len(r.prompt_ids) + len(r.token_ids) for r in pair.rollouts), len(pair.rollouts)
     row = pair.prompt.origin or pair.prompt.id
     if positions is not None and longest > positions:
         raise UserError(
-            f"stage {stage.name!r}: the pair {row} has {longest:,} tokens, prompt included, and the model has "
-            f"{positions:,} positions: nothing is cut off, so take the row out or lower data.max_completion_tokens"
+            f"stage {stage.name!r}: {'the pair ' if sides > 1 else ''}{row} has {longest:,} tokens, prompt included, "
+            f"and the model has {positions:,} positions: nothing is cut off, so take the row out or lower "
+            "data.max_completion_tokens"
         )
     budget = getattr(stage.learner, "micro_batch_tokens", None)
     if budget is not None and sides * longest > budget:
@@ -75,6 +80,17 @@ def _refuse_long(stage: Paired, pair: Group, positions: int | None, sides: int =
             f"stage {stage.name!r}: {what} to fit learner.micro_batch_tokens ({budget:,})"
             f"{' together' if sides > 1 else ''}: raise that to {sides * longest:,} or take the row out"
         )
+
+
+def _refuse_single(stage: Paired, what: str, data: LoadedData) -> None:
+    """Completions that were judged by themselves say nothing to who learns from pairs."""
+    for pair in data.preferences:
+        if len(pair.rollouts) == 1:
+            row = pair.prompt.origin or pair.prompt.id
+            raise UserError(
+                f"stage {stage.name!r}: {what} learns from pairs, and {row} has one completion and a label: give rows "
+                f"with 'chosen' and 'rejected', or take losses that judge each completion by itself: kto, bco"
+            )
 
 
 def _refuse_unscored(stage: Paired, loss: str, data: LoadedData) -> None:

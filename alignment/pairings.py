@@ -1,6 +1,7 @@
 """Where a preference stage's pairs come from: ``data.preferences``, or completions that it samples and scores.
 
-A pair is a :class:`~alignment.types.Group` of two rollouts, the preferred one first.
+A pair is a :class:`~alignment.types.Group` of two rollouts, the preferred one first. A group of one is a completion
+that was judged by itself: its row's ``label`` says whether it was wanted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ Every = Annotated[
 class Given:
     """The pairs of ``data.preferences``, in an order that is drawn for each epoch."""
 
-    batch_size: Annotated[int, option("pairs of a step", unit="pairs", ge=1)] = 32
+    batch_size: Annotated[int, option("pairs of a step, or completions with a label", unit="pairs", ge=1)] = 32
     sampled: ClassVar[bool] = False
 
     def pairs(self, group: Group) -> list[Group]:
@@ -90,15 +91,16 @@ def compared(
     """The groups of a batch, and which side each of their rows is on.
 
     Args:
-        pairs: Two rollouts each, the preferred first.
+        pairs: Two rollouts each, the preferred first; or one, with a label.
         mismatched: Add, for each row, its prompt with the same side's completion of the nearest pair before it that
-            has another prompt, the last pair being before the first; none where all have one prompt.
+            has another prompt, the last pair being before the first; none where all have one prompt. Of one completion
+            beside a pair, that one.
         ground_truth: Demonstrations by the key of their prompt: the first of each pair's prompt is added; None: no.
 
     Returns:
         Groups of pairs first, then those of one row; and a side for every row, in their order.
     """
-    groups, sides = list(pairs), [CHOSEN, REJECTED] * len(pairs)
+    groups, sides = list(pairs), [side for pair in pairs for side in _sides(pair)]
     if mismatched:
         odd = [group for pair, other in _with_another(pairs) for group in _swapped(pair, other)]
         groups, sides = groups + odd, sides + [MISMATCHED] * len(odd)
@@ -107,6 +109,13 @@ def compared(
         groups += [replace(pair, rollouts=(rollout,)) for rollout in shown[:1]]
         sides += [GROUND_TRUTH] * len(shown[:1])
     return groups, sides
+
+
+def _sides(pair: Group) -> tuple[int, ...]:
+    """Which side each completion of a group is on."""
+    if len(pair.rollouts) == 1:
+        return (CHOSEN if pair.prompt.row["label"] else REJECTED,)
+    return CHOSEN, REJECTED
 
 
 def _with_another(pairs: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
@@ -120,7 +129,8 @@ def _with_another(pairs: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
 
 def _swapped(pair: Group, other: Group) -> list[Group]:
     """The prompt of one pair with both completions of the other, in their order."""
-    rows = zip(pair.rollouts, other.rollouts, strict=True)
+    others = [other.rollouts[min(i, len(other.rollouts) - 1)] for i in range(len(pair.rollouts))]
+    rows = zip(pair.rollouts, others, strict=True)
     return [
         replace(
             pair,

@@ -13,7 +13,8 @@ from alignment.cluster_plan import Hardware, Load, StageOnCluster
 from alignment.cluster_remedies import planned
 from alignment.critics import ModelCritic
 from alignment.data.files import DatasetSource
-from alignment.data.load import PAIRED, SECTIONS, Section, accepted, longest_prompt, read_section
+from alignment.data.load import SECTIONS, Section, accepted, longest_prompt, read_section
+from alignment.data.sides import PAIRED, columns_of
 from alignment.errors import UserError
 from alignment.model_size import max_positions, memory_bytes
 from alignment.models import load_tokenizer
@@ -220,7 +221,7 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
     if isinstance(stage, SftStage):
         rows = prompts = stage.batch_size
         section = data.get("demonstrations")
-        group_size, minibatches, row_tokens = 1, 1, _longest(recipe, section.prompts) if section else None
+        group_size, minibatches, row_tokens = 1, 1, _longest(recipe, section) if section else None
     elif isinstance(stage, RewardModelStage) or not stage.samples:
         prompts = (
             stage.batch_size
@@ -228,8 +229,9 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
             else getattr(getattr(stage, "pairs", None), "batch_size", 1)
         )
         section = data.get("preferences")
-        group_size, minibatches, row_tokens = 2, 1, _longest(recipe, section.prompts, PAIRED) if section else None
-        rows = 2 * prompts
+        sides = {len(columns_of(section.name, p.row)) for p in section.prompts} if section else set[int]()
+        group_size, minibatches, row_tokens = max(sides, default=2), 1, _longest(recipe, section) if section else None
+        rows = group_size * prompts
     else:
         prompts, group_size, minibatches = stage.prompts_per_step, stage.group_size, stage.credited.minibatches
         rows, row_tokens = prompts * group_size, recipe.data.max_prompt_tokens + stage.sampling.max_tokens
@@ -259,9 +261,10 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: Shape | None, data: Mapping
     )
 
 
-def _longest(recipe: Recipe, rows: Sequence[Prompt], columns: Sequence[str] = ("completion",)) -> int | None:
+def _longest(recipe: Recipe, section: Section) -> int | None:
     """Tokens of the longest row and its end, where a character is a token."""
-    texts = [(p.row["prompt"], p.row.get(column, "")) for p in rows for column in columns]
+    rows = [(prompt.row, columns_of(section.name, prompt.row)) for prompt in section.prompts]
+    texts = [(row["prompt"], row.get(column, "")) for row, columns in rows for column in columns]
     if recipe.model.build is None or not all(isinstance(prompt, str) for prompt, _ in texts):
         return None
     return max((len(prompt) + len(str(completion)) + 1 for prompt, completion in texts), default=None)

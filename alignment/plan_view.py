@@ -77,7 +77,8 @@ def _stage(stage: StagePlan) -> Table:
     if stage.sampled:
         rows = f"{stage.prompts:,} prompts x {stage.group_size} completions = {stage.rollouts:,} rollouts"
     else:
-        rows = f"{stage.prompts:,} {'demonstrations' if stage.stage == 'sft' else 'pairs'}"
+        what = "demonstrations" if stage.stage == "sft" else "pairs" if stage.group_size > 1 else "completions"
+        rows = f"{stage.prompts:,} {what}"
     table.add_row("rows", rows)
     tokens = UNKNOWN
     if stage.step_tokens is not None:

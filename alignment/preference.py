@@ -56,6 +56,8 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
     feed = _sampled(job, stage) if stage.samples else _given(job, stage)
     while state.stage_step < stage.steps:
         job.stop.check()
+        if stage.merges(state.stage_step):
+            _merge(job, state)
         pairs, sealed = feed.take(state)
         state = state if sealed is None else sealed.state
         batch, metrics = _update(job, stage, pairs, state, cache) if pairs else (None, {})
@@ -74,11 +76,19 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
             state = replace(state, components=_observed(stage, state.components, signals, sampled=sealed is not None))
         if sealed is not None:
             metrics |= summarise(sealed.sampled, sealed.dropped)
-        metrics |= {"pairs": float(len(pairs))} | report(stage.components(), state.components) | passed(feed.roles)
+        metrics |= {"pairs": float(sum(len(pair.rollouts) == 2 for pair in pairs))}
+        metrics |= report(stage.components(), state.components) | passed(feed.roles)
         state, after = _measured_after(job, stage, state)
         state = job.finish_step(state.next_step(), metrics | after, sealed)
     feed.close()
     return state
+
+
+def _merge(job: Job, state: TrainState) -> None:
+    """The adapter becomes part of the model. A step that is taken up again finds that done, and does nothing."""
+    learner: Any = job.engines.learner
+    if learner.merge_adapter(state.stage_step):
+        job.engines.published = None  # rounding makes the merged weights slightly other ones
 
 
 def _update(

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Place) -> Iterator[Conflict]:
     """Pairs that come from nowhere, and references that cannot be had."""
-    reference = references.name_of(stage.reference)
-    here: Place = (*place, "reference")
     if not stage.samples:
         if recipe.data.preferences is None:
             message = "a stage 'preference' needs data.preferences, or pairs that it samples: pairs: best_worst"
@@ -41,26 +39,58 @@ def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
     if stage.max_staleness:
         message = "a preference stage waits for its pairs, so none is stale: leave it out"
         yield Conflict((*place, "max_staleness"), message)
-    moves = any(map(stage.reference.share, range(1, stage.steps + 1)))
-    if moves and any(preference_losses.name_of(loss) == "bco" for loss in stage.losses):
-        message = "'bco' compares rewards with earlier ones, which were against another reference: take 'copy'"
-        yield Conflict(here, message, ((*place, "losses"),))
     for index, curriculum in enumerate(stage.curricula) if stage.samples else ():
         if hasattr(curriculum, "replay"):
             message = f"'{curricula.name_of(curriculum)}' picks what to replay by advantages, and pairs have none"
             yield Conflict((*place, "curricula", index), f"{message}: leave it out")
+    yield from _reference_conflicts(recipe, stage, place)
+    if stage.guided and recipe.data.demonstrations is None:
+        message = "'nll' of ground_truth needs data.demonstrations"
+        yield Conflict((*place, "losses"), message, (("data", "demonstrations"),))
+
+
+def _reference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Place) -> Iterator[Conflict]:
+    """References that the pairs, the losses or the engines do not go with."""
+    reference = references.name_of(stage.reference)
+    here: Place = (*place, "reference")
+    merges = stage.merges(0)
+    moves = any(map(stage.reference.share, range(1, stage.steps + 1))) or merges
+    if moves and any(preference_losses.name_of(loss) == "bco" for loss in stage.losses):
+        message = "'bco' compares rewards with earlier ones, which were against another reference: take 'copy'"
+        yield Conflict(here, message, ((*place, "losses"),))
     if reference == "cached" and stage.samples:
         message = "'cached' is computed once over pairs that are there before: take 'copy', whose pairs may be new"
         yield Conflict(here, message, ((*place, "pairs"),))
     if reference == "cached" and stage.mismatched:
         message = "'cached' has nothing of prompts with other ones' completions, which 'kto' asks for: take 'copy'"
         yield Conflict(here, message, ((*place, "losses"),))
+    masked = [loss for loss in stage.losses if getattr(loss, "token_masks", None) is not None]
+    if masked and reference == "cached":
+        message = f"'cached' has no distributions, which '{preference_losses.name_of(masked[0])}' compares: take 'copy'"
+        yield Conflict(here, message, ((*place, "losses"),))
+    if masked and not getattr(stage.learner, "masks_tokens", False):
+        message = f"does not compare distributions, which '{preference_losses.name_of(masked[0])}' does: take 'torch'"
+        yield Conflict((*place, "learner"), message, ((*place, "losses"),))
     if not stage.compares and reference != "copy":
         names = ", ".join(preference_losses.name_of(loss) for loss in stage.losses)
         yield Conflict(here, f"is not looked at by {names}: leave it out", ((*place, "losses"),))
-    if stage.guided and recipe.data.demonstrations is None:
-        message = "'nll' of ground_truth needs data.demonstrations"
-        yield Conflict((*place, "losses"), message, (("data", "demonstrations"),))
+    if merges:
+        yield from _merging_conflicts(recipe, here)
+
+
+def _merging_conflicts(recipe: "Recipe", here: Place) -> Iterator[Conflict]:
+    """What cannot be, in this stage and in those after it, once adapters are merged into the model."""
+    if recipe.model.lora is None:
+        message = "merge adds a LoRA adapter to the model: give model.lora, or leave it out for a copy of all weights"
+        yield Conflict(here, message, (("model", "lora"),))
+    for index in range(int(here[1]), len(recipe.stages)):
+        stage, place = recipe.stages[index], ("stages", index)
+        if not getattr(stage.learner, "merges_adapters", False):
+            message = "does not take a model that adapters were merged into (merge): use 'torch', or a run of its own"
+            yield Conflict((*place, "learner"), message, (here,))
+        if "adapter" in (getattr(stage.sampler, "lora", None), getattr(stage.transport, "form", None)):
+            message = "'adapter' leaves the model below as it was, and merging changes it (merge): use 'merged'"
+            yield Conflict((*place, "sampler"), message, (here, (*place, "transport")))
 
 
 def reward_model_conflicts(recipe: "Recipe", stage: "RewardModelStage", place: Place) -> Iterator[Conflict]:

@@ -4,18 +4,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from alignment.algorithms import binary_preferences  # noqa: F401 - they register losses
+from alignment.algorithms import binary_preferences, masked_preferences  # noqa: F401 - they register losses
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.preference_objective import PreferenceObjective
 from alignment.algorithms.preferences import PreferenceLoss, check_losses, preference_losses
 from alignment.algorithms.state import needs_of
 from alignment.critics import Critic
 from alignment.curricula import places
+from alignment.engines.config import Site
+from alignment.engines.roles import RoleSpec
 from alignment.pairings import Pairing, pairings
 from alignment.recipe_rollouts import RolloutStage, default
 from alignment.recipe_sections import Label
 from alignment.references import Reference, references
 from alignment.registry import component
+from alignment.types import keyed_seed
 
 
 class PreferenceStage(RolloutStage):
@@ -70,6 +73,10 @@ class PreferenceStage(RolloutStage):
         """Whether the learner has to keep one."""
         return self.compares and self.reference.kept
 
+    def merges(self, stage_step: int) -> bool:
+        """Whether the adapter is merged into the model before a step."""
+        return self.needs_reference and hasattr(self.reference, "merges") and self.reference.merges(stage_step)  # pyright: ignore[reportAttributeAccessIssue]
+
     @property
     def mismatched(self) -> bool:
         """Whether any loss asks for prompts with other ones' completions."""
@@ -79,6 +86,17 @@ class PreferenceStage(RolloutStage):
     def guided(self) -> bool:
         """Whether any loss is of demonstrations."""
         return any(getattr(loss, "of", None) == "ground_truth" for loss in self.losses)
+
+    def roles(self, site: Site, objectives: tuple[str, ...]) -> dict[str, RoleSpec | str]:
+        """Models beside the policy: those of curricula, and what learns masks of tokens."""
+        from alignment.engines.token_masks import MASKS, MaskRoleSpec
+
+        roles = super().roles(site, objectives)
+        for loss in self.losses:
+            if isinstance(masks := getattr(loss, "token_masks", None), masked_preferences.LearnedMasks):
+                assert site.model.origin is not None, "a model of a recipe has an origin"
+                roles[MASKS] = MaskRoleSpec(masks, keyed_seed(site.model.origin.seed, MASKS))
+        return roles
 
     def components(self) -> dict[str, Any]:
         """Its components by their place, the key of their state."""

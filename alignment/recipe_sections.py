@@ -197,7 +197,9 @@ class ModelConfig(Section):
 
 
 class Data(Section):
-    """Where prompts come from. Demonstrations have a ``completion``, preferences ``chosen`` and ``rejected``."""
+    """Where prompts come from. Demonstrations have a ``completion``, preferences ``chosen`` and ``rejected``,
+    or a ``completion`` and a ``label``.
+    """
 
     train: Annotated[Source, component(sources)] | None = None
     demonstrations: Annotated[Source, component(sources)] | None = None

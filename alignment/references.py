@@ -17,6 +17,9 @@ class Reference(Protocol):
         """How far it goes towards the policy after a stage's step ``step`` (from 1): 0 not at all, 1 the whole way."""
         ...
 
+    # Optional: ``merges(step)``, whether a LoRA adapter is merged into the model before a stage's step ``step`` (from
+    # 0), which makes the policy of then the reference.
+
 
 references: Registry[Reference] = Registry("references", Reference, "What preferences compare the policy with")
 
@@ -64,17 +67,29 @@ class Ema:
         return 1.0 - self.decay
 
 
-@references.register("refreshed", source="Trust-region DPO (arXiv 2404.09656), hard update", evidence="end to end")
+@references.register(
+    "refreshed",
+    source="Trust-region DPO (arXiv 2404.09656), hard update; with merge, MrDPO (arXiv 2410.06682)",
+    evidence="end to end",
+)
 @dataclass(frozen=True)
 class Refreshed:
     """A copy of the policy that is taken again after every ``every`` steps, a round: multi-round DPO.
 
-    Under LoRA the copy is of the adapter, which computes what merging it into the weights would.
+    Under LoRA the copy is of the adapter, which computes what merging it into the weights would, and the same adapter
+    is trained on. With ``merge`` each round has an adapter of its own, as in MrDPO: the one before is added to the
+    weights for good, and the reference is the model without the new one, so no copy is kept. The schedule of the
+    learning rate goes on over all rounds (not stated by the source).
     """
 
     every: Annotated[int, option("length of a round", unit="steps", ge=1)]
+    merge: Annotated[bool, option("at each round's start, the adapter is merged into the model and begun anew")] = False
     kept: ClassVar[bool] = True
 
     def share(self, step: int) -> float:
-        """The whole way at the end of a round."""
-        return 1.0 if step % self.every == 0 else 0.0
+        """The whole way at the end of a round; not at all where merging moves it."""
+        return 1.0 if step % self.every == 0 and not self.merge else 0.0
+
+    def merges(self, step: int) -> bool:
+        """At the start of each round, the first as well: an adapter of an earlier stage belongs to the reference."""
+        return self.merge and step % self.every == 0

@@ -246,6 +246,10 @@ class Batch:
     """float32, set per mini-batch of preferences: one over its pairs, and over its compared rows."""
     shift_B: Tensor | None = None
     """float32, set per mini-batch of preferences: what KTO compares ratios with."""
+    masks_BT2: Tensor | None = None
+    divergence_BT: Tensor | None = None
+    """float32, set per micro-batch of preferences with masks of tokens, with gradients: the masks of ratios and of
+    divergences, and ``KL(reference || policy)`` over the vocabulary before each token, in nats."""
     objectives: tuple[str, ...] = ()
     """Names of the K components."""
     step: int = 0

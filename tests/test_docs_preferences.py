@@ -26,8 +26,8 @@ CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
 
 
 def test_the_page_has_what_this_test_follows():
-    assert (len(COMMANDS), len(RECIPES), len(CODE)) == (1, 3, 1)
-    assert len(re.findall(r"^```\w", PAGE, re.M)) == 5
+    assert (len(COMMANDS), len(RECIPES), len(CODE)) == (1, 4, 1)
+    assert len(re.findall(r"^```\w", PAGE, re.M)) == 6
     assert CODE[0].count("\n") <= 30
 
 
@@ -53,7 +53,9 @@ def laid_over(text: str, folder: Path) -> Path:
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     if "sampling" in stage:
         stage |= {"prompts_per_step": 4, "sampling": {"max_tokens": 3}}
-    path = recipe(folder, stage, data={**TRAIN, **given_.get("data", {})})
+    shown = {"demonstrations": TRAIN["train"]} if "merge" in str(stage) else {}
+    model = {key: value for key, value in given_.get("model", {}).items() if key != "path"}
+    path = recipe(folder, stage, data={**TRAIN, **shown, **given_.get("data", {})}, model=model)
     whole = YAML(typ="safe").load(path.read_text())
     with path.open("w") as file:
         YAML().dump({**whole, "rewards": FORMAT}, file)

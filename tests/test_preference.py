@@ -1,14 +1,19 @@
 """Preference stages as whole runs: given and sampled pairs, each loss and reference, resuming, and what is refused."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import alignment
 from alignment.algorithms.preferences import preference_losses
+from alignment.batching import collate
+from alignment.cli import app
 from alignment.errors import UserError
 from alignment.pairings import AllPairs, BestWorst, compared
 from alignment.recipe import load
@@ -25,6 +30,7 @@ PAIRS = [
 ]  # fmt: skip
 LOSSES = [
     "dpo", "robust_dpo", "ipo", "hinge", "length_normalized_dpo", "simpo", "orpo", "mm_dpo", "kto", "bco",
+    "mapo", "sparse_po",
 ]  # fmt: skip
 
 
@@ -90,7 +96,7 @@ def test_every_loss_teaches_the_preferred_side(tmp_path, loss):
     }
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "mapo"])
 def test_packing_changes_nothing(tmp_path, loss):
     """Though the sides of one pair stand beside those of others."""
     found = []
@@ -161,12 +167,15 @@ def test_a_cached_reference_is_a_copied_one(tmp_path):
         given(losses=["dpo"]),
         given(losses=[{"name": "dpo", "weight": 0.8}, {"name": "bco", "weight": 0.2}, "nll"]),
         given(losses=["kto"]),
+        given(losses=["mapo", "nll"]),
+        given(losses=["kto", "bco"], labelled=True),
+        given(losses=[{"name": "sparse_po", "dropout": 0.1, "masks": "independent"}]),
         given(reference="cached"),
         given(reference={"name": "ema", "decay": 0.5}),
         {**SAMPLED, "losses": ["dpo"]},
         {**SAMPLED, "pairs": {"name": "all", "every": 2}, "reference": {"name": "refreshed", "every": 2}},
     ],
-    ids=["dpo", "mpo", "kto", "cached", "ema", "online", "iterative"],
+    ids=["dpo", "mpo", "kto", "mapo", "unpaired", "sparse_po", "cached", "ema", "online", "iterative"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stage):
     found = {}
@@ -174,7 +183,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stage):
         folder = tmp_path / name
         folder.mkdir()
         build = recipe if "group_size" not in stage else lambda f, s: sampled(f, **s)
-        path = build(folder, {**stage, "steps": 6})
+        build = build if "labelled" not in stage else lambda f, s: labelled(f, **s)
+        path = build(folder, {**{key: value for key, value in stage.items() if key != "labelled"}, "steps": 6})
         if stop:
             assert trained(path, Recorder(stop_after=stop))["status"] == "interrupted"
         result = trained(path)
@@ -224,6 +234,47 @@ def test_the_ground_truth_guides(tmp_path):
     assert records[-1]["loss/nll"] < records[0]["loss/nll"] and records[0]["rows"] == 16
 
 
+LABELLED = [
+    {"prompt": f"{a}+{b}=", "completion": str(a + b if wanted else (a + b + 3) % 10), "label": wanted}
+    for a in range(4) for b in range(4) for wanted in ((a + b) % 3 > 0,)
+]  # fmt: skip
+
+
+def labelled(folder: Path, rows=LABELLED, **stage) -> Path:
+    """A recipe with rows that were judged by themselves, and pairs that are held out."""
+    path = recipe(folder, given(**stage), rows=rows)
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS), encoding="utf-8")
+    whole = yaml.safe_load(path.read_text())
+    whole["data"]["eval_preferences"] = {"name": "dataset", "path": "held_out.jsonl"}
+    path.write_text(yaml.safe_dump(whole))
+    return path
+
+
+@pytest.mark.parametrize("stage", [{"losses": ["kto"]}, {"losses": ["bco"], "reference": "cached"}], ids=["kto", "bco"])
+def test_completions_that_were_judged_by_themselves_teach(tmp_path, stage):
+    result = trained(labelled(tmp_path, **stage, steps=12))
+    records = [line for line in lines(result["folder"]) if line["kind"] == "train"]
+    assert records[0]["pairs"] == 0 and records[0]["rows"] == 8 and "margin" not in records[0]
+    ahead = [line["ratio/chosen"] - line["ratio/rejected"] for line in (records[0], records[-1])]
+    assert ahead[1] > ahead[0] + 0.05
+    assert records[-1]["held_out/ranking"] > records[0]["held_out/ranking_before"]
+    assert result["stages"][0]["labels"] == {"judgements": 16}
+
+
+def test_the_plan_counts_completions(tmp_path):
+    done = CliRunner().invoke(app, ["check", str(labelled(tmp_path, losses=["kto"]))])
+    assert done.exit_code == 0 and re.search(r"rows +8 completions", done.output) and "1 x 8 rows" in done.output
+
+
+def test_pairs_may_stand_beside_them(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "completion"} for row in PAIRS[:8]] + LABELLED[8:]
+    pairs = {"name": "given", "batch_size": 16}
+    first = lines(trained(labelled(tmp_path, rows=rows, losses=["kto"], steps=1, pairs=pairs))["folder"])[0]
+    assert first["pairs"] == 8 and first["rows"] == 24
+    with pytest.raises(UserError, match=r"'dpo' learns from pairs, and .*pairs.jsonl:9 has one completion and a label"):
+        trained(labelled(tmp_path, rows=rows, losses=["dpo"]), fresh_start=True)
+
+
 def rollout(name: str, reward: float | None, tokens=(1, 2)) -> Rollout:
     scores = {} if reward is None else {"r": Score(reward)}
     return Rollout(
@@ -258,11 +309,18 @@ def test_a_mismatched_row_has_another_prompts_completion_of_its_own_side():
 
 
 def test_a_cache_is_ragged_and_filled_by_uid(tmp_path):
-    cache = ReferenceCache(torch.arange(7).float(), torch.tensor([0, 1, 3, 6, 7]))
+    first = torch.tensor([0, 1, 3, 4])  # a pair between two completions that were judged by themselves
+    cache = ReferenceCache(torch.arange(7).float(), torch.tensor([0, 1, 3, 6, 7]), first)
     path = tmp_path / "cache.safetensors"
     cache.write(path)
     again = ReferenceCache.read(path)
     assert torch.equal(again.logp, cache.logp) and torch.equal(again.start, cache.start)
+    pairs = [Group(uid, Prompt("p", {}), (rollout("a", None),) * count) for uid, count in ((1, 2), (0, 1), (2, 1))]
+    batch = collate(pairs, 0, (), ())
+    mask_BT = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    batch = replace(batch, ids_BT=torch.zeros(4, 4, dtype=torch.int64), loss_mask_BT=mask_BT)
+    filled = cache.filled(batch, pairs).ref_logp_BT
+    assert filled is not None and filled[mask_BT].tolist() == [1, 2, 3, 4, 5, 0, 6]
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be read"):
         ReferenceCache.read(path)
@@ -278,6 +336,10 @@ def test_a_cache_is_ragged_and_filled_by_uid(tmp_path):
             [{**PAIRS[0], "chosen": "12345"}],
             "pairs.jsonl:17: 'chosen' has 6 tokens, more than data.max_completion_tokens",
         ),
+        ([{"prompt": "1+1=", "completion": "2", "label": 1}], "pairs.jsonl:17: 'label' must be true, .* not 1"),
+        ([{"prompt": "1+1=", "label": True}], "pairs.jsonl:17: has no 'completion'"),
+        ([{"prompt": "1+1=", "completion": "x", "label": True}], "pairs.jsonl:17: .*'x'"),
+        ([{"prompt": "1+1=", "completion": "12345", "label": True}], "pairs.jsonl:17: 'completion' has 6 tokens, more"),
         ([{**PAIRS[0], "chosen_score": "good"}], "pairs.jsonl:17: 'chosen_score' must be a number"),
     ],
 )
@@ -294,6 +356,11 @@ def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
         ({**given(), "prompts_per_step": 4}, "stages.0.prompts_per_step: says how completions are sampled"),
         ({**SAMPLED, "reference": "cached"}, "stages.0.reference: 'cached' is computed once"),
         ({**given(losses=["kto"], reference="cached")}, "stages.0.reference: 'cached' has nothing of prompts with"),
+        (
+            {**given(losses=["mapo"], reference="cached")},
+            "stages.0.reference: 'cached' has no distributions, which 'mapo'",
+        ),
+        ({**given(losses=["mapo"], learner="deepspeed", cluster="ray")}, "stages.0.learner: does not compare distribu"),
         ({**given(losses=["simpo"], reference="cached")}, "stages.0.reference: is not looked at by simpo"),
         ({**SAMPLED, "group_size": 1}, "stages.0.group_size: 1 makes no pair"),
         ({**SAMPLED, "max_staleness": 1}, "stages.0.max_staleness: .*"),

@@ -22,7 +22,7 @@ from alignment.algorithms.preference_objective import PreferenceObjective
 from alignment.algorithms.preferences import Dpo, Hinge, Ipo, LengthNormalizedDpo, Nll, Orpo, RobustDpo, Simpo
 from alignment.batching import collate
 from alignment.data.demonstrations import Shown, encode_demonstrations
-from alignment.data.sides import PAIRED, pair_of
+from alignment.data.sides import columns_of, pair_of
 from alignment.engines.gradients import accumulate
 from alignment.engines.policy_goal import PolicyGoal
 from alignment.engines.torch_learner import TorchLearner
@@ -39,6 +39,14 @@ ROWS = [
     {"prompt": "3+3=", "chosen": "3+3=6", "rejected": "33"},
     {"prompt": "40+0=", "chosen": "40", "rejected": "1+40=4"},
 ]
+LABELLED = [
+    {"prompt": "1+2=", "completion": "3", "label": True},
+    {"prompt": "10+7=", "completion": "5", "label": False},
+    {"prompt": "3+3=", "completion": "3+3=6", "label": True},
+    {"prompt": "40+0=", "completion": "1+40=4", "label": False},
+    {"prompt": "2+2=", "completion": "22", "label": False},
+]
+"""Completions that were judged by themselves, not as many of each side."""
 SIZES = {"hidden_size": 16, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 24, "max_positions": 32}
 MODEL = ModelConfig.model_validate({"build": {"alphabet": "0123456789+=", **SIZES}})
 MICRO_BATCH = 24
@@ -46,6 +54,7 @@ MICRO_BATCH = 24
 TRAINERS = {
     "dpo": "trl.trainer.dpo_trainer",
     "kto": "trl.trainer.kto_trainer",
+    "kto/unpaired": "trl.trainer.kto_trainer",
     "orpo": "trl.experimental.orpo.orpo_trainer",
     "cpo": "trl.experimental.cpo.cpo_trainer",
 }
@@ -67,14 +76,16 @@ class Both:
             for p in made.module.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
         self.pairs = [self.pair(i, row) for i, row in enumerate(ROWS)]
+        self.singles = [self.pair(i, row) for i, row in enumerate(LABELLED)]
 
-    def pair(self, uid: int, row: dict[str, str]) -> Group:
+    def pair(self, uid: int, row: dict[str, Any]) -> Group:
         """As the data of a recipe become one."""
         prompt_ids = encode_prompt(self.tokenizer, row["prompt"])
         assert self.tokenizer.eos_token_id is not None
-        rows = [(row["prompt"], prompt_ids, row[side]) for side in PAIRED]
+        columns = columns_of("preferences", row)
+        rows = [(row["prompt"], prompt_ids, row[side]) for side in columns]
         shown = encode_demonstrations(rows, self.tokenizer, [self.tokenizer.eos_token_id])
-        sides = {side: {str(uid): each} for side, each in zip(PAIRED, shown, strict=True) if isinstance(each, Shown)}
+        sides = {side: {str(uid): each} for side, each in zip(columns, shown, strict=True) if isinstance(each, Shown)}
         return pair_of(uid, Prompt(str(uid), dict(row)), prompt_ids, sides)
 
     def batch(self, pairs: Sequence[Group], mismatched: bool) -> Batch:
@@ -113,15 +124,16 @@ class Both:
     def _made(self, kind: str) -> Any:
         os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         module = import_module(TRAINERS[kind])
-        trainer_class, config_class = (getattr(module, kind.upper() + name) for name in ("Trainer", "Config"))
-        dataset = Dataset.from_list(ROWS)
+        method = kind.partition("/")[0]
+        trainer_class, config_class = (getattr(module, method.upper() + name) for name in ("Trainer", "Config"))
+        dataset = Dataset.from_list(LABELLED if kind == "kto/unpaired" else ROWS)
         common = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
         batch = {"per_device_train_batch_size": 2 * len(ROWS)}  # KTO's other completions are those of a batch
         args = config_class(output_dir=str(self.folder / kind), max_length=32, **common, **batch)
         model, reference = copy.deepcopy(self.learner.module), copy.deepcopy(self.first)
         if kind == "kto":
             dataset = unpair_preference_dataset(dataset)
-        own = {"ref_model": reference} if kind in ("dpo", "kto") else {}
+        own = {"ref_model": reference} if method in ("dpo", "kto") else {}
         self.trainers[kind] = trainer_class(
             model=model, args=args, train_dataset=dataset, processing_class=self.tokenizer, **own
         )
@@ -200,6 +212,13 @@ def test_kto_with_other_prompts_completions(both):
     assert_same(both.ours(Kto(beta=0.3, desirable=1.2, undesirable=0.8)), theirs)
 
 
+def test_kto_of_completions_that_were_judged_by_themselves(both):
+    """Rows of TRL's own format; each is shown with the completion of the row before."""
+    theirs = both.trl("kto/unpaired", beta=0.3, desirable_weight=1.2, undesirable_weight=0.8)
+    assert both.trainers["kto/unpaired"]._metrics["train"]["kl"][-1] > 1e-3, "the shift is not 0"
+    assert_same(both.ours(Kto(beta=0.3, desirable=1.2, undesirable=0.8), pairs=both.singles), theirs)
+
+
 def test_orpo_but_for_its_likelihood(both):
     """The odds ratio is TRL's; its likelihood is of prompts as well, and a mean over all tokens."""
     odds = minus(both.trl("orpo", beta=0.7), both.trl("orpo", beta=0.1))
@@ -223,6 +242,6 @@ def test_likelihood_by_rows_is_the_mean_of_trls_of_each_pair(both):
 def test_a_bco_that_remembers_is_trls_with_its_rewards_shifted(both):
     """TRL's ``bco_pair`` has no shift. With one, ours is that loss of a policy whose rewards are lower by it."""
     theirs = both.trl("dpo", loss_types=["bco_pair"], beta=0.3)
-    assert_same(both.ours(Bco(beta=0.3), state={"mean": 0.0, "pairs": 8.0}), theirs)
-    shifted = both.ours(Bco(beta=0.3), state={"mean": 0.5, "pairs": 8.0})
+    assert_same(both.ours(Bco(beta=0.3), state={"mean": 0.0, "rows": 8.0}), theirs)
+    shifted = both.ours(Bco(beta=0.3), state={"mean": 0.5, "rows": 8.0})
     assert abs(shifted[0] - theirs[0]) > 1e-2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignment.algorithms.preferences import REFERENCE, Beta, Pairs, Rows, Weight, preference_losses
+from alignment.algorithms.preferences import REFERENCE, Beta, Rows, Weight, preference_losses
 from alignment.registry import option
 from alignment.types import Signals
 
@@ -44,11 +44,13 @@ class Kto:
 )
 @dataclass(frozen=True)
 class Bco:
-    """``-log sigmoid(beta ratio_w - d) - log sigmoid(-(beta ratio_l - d))``, the sum of both sides.
+    """``-log sigmoid(beta ratio_w - d) - log sigmoid(-(beta ratio_l - d))``, the sum of both sides of a pair.
 
-    ``d`` is the mean of all rewards ``beta ratio`` of earlier steps, chosen and rejected, each step by its pairs (from
-    memory: the paper's is a moving average). TRL's ``bco_pair`` has 0 in its place. The paper's matching of the two
-    sides' distributions of prompts is left out: both sides of a pair have the same prompt.
+    Of completions that were judged by themselves it is twice the mean of those that they are on: the same where there
+    are as many wanted ones as others. ``d`` is the mean of all rewards ``beta ratio`` of earlier steps, chosen and
+    rejected (from memory: the paper's is a moving average). TRL's ``bco_pair`` has 0 in its place. The paper's matching
+    of the two sides' distributions of prompts is left out: both sides of a pair have the same prompt, and for other
+    rows that is not so.
     """
 
     beta: Beta = 0.1
@@ -57,24 +59,23 @@ class Bco:
 
     def init(self) -> dict[str, float]:
         """Nothing seen."""
-        return {"mean": 0.0, "pairs": 0.0}
+        return {"mean": 0.0, "rows": 0.0}
 
     def observe(self, state: Mapping[str, float], signals: Signals) -> dict[str, float]:
-        """The running mean with the update's pairs in it."""
-        metrics = signals.metrics
-        new = metrics.get("pairs", 0.0)
-        if not new or "ratio/chosen" not in metrics:
+        """The running mean with the update's completions in it."""
+        metrics, new = signals.metrics, signals.metrics.get("rows", 0.0)
+        if not new:
             return dict(state)
-        mean = self.beta * (metrics["ratio/chosen"] + metrics["ratio/rejected"]) / 2
-        seen = state["pairs"] + new
-        return {"mean": state["mean"] + (mean - state["mean"]) * new / seen, "pairs": seen}
+        wanted = metrics["wanted"]
+        sums = wanted * metrics.get("ratio/chosen", 0.0) + (new - wanted) * metrics.get("ratio/rejected", 0.0)
+        seen = state["rows"] + new
+        return {"mean": state["mean"] + (self.beta * sums - new * state["mean"]) / seen, "rows": seen}
 
     def metrics(self, state: Mapping[str, float]) -> dict[str, float]:
         """The shift ``d``."""
         return {"shift": state["mean"]}
 
-    def pair_loss(self, state: Mapping[str, float] | None, pairs: Pairs) -> Tensor:
-        """``[P]``."""
-        shift = state["mean"] if state else 0.0
-        chosen_P, rejected_P = self.beta * pairs.chosen.ratio_R - shift, self.beta * pairs.rejected.ratio_R - shift
-        return -logsigmoid(chosen_P) - logsigmoid(-rejected_P)
+    def row_loss(self, state: Mapping[str, float] | None, rows: Rows) -> Tensor:
+        """``[R]``: a mean over rows is half the mean over pairs of the sum of both, so each counts double."""
+        ahead_R = self.beta * rows.ratio_R - (state["mean"] if state else 0.0)
+        return -2 * logsigmoid(torch.where(rows.wanted_R, ahead_R, -ahead_R))

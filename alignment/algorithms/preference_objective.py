@@ -2,7 +2,7 @@
 
 The rows of a batch say which side they are on (``side_B``): 1 is preferred, -1 is not, 0 is a prompt with another one's
 completion, 2 a demonstration of the prompt. The two sides of a pair have one number in ``group_B``, and the learner
-keeps rows of a group in one micro-batch.
+keeps rows of a group in one micro-batch. A completion that was judged by itself is of one side, and of no pair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignment.algorithms.preferences import Pairs, PreferenceLoss, Rows, preference_losses
+from alignment.algorithms.preferences import Masked, Pairs, PreferenceLoss, Rows, preference_losses
 from alignment.algorithms.state import annotations, needs_of
 from alignment.types import Batch
 
+PER_TOKEN = ("entropy", "logp", "divergence", "sparsity/ratio", "sparsity/divergence")
 CHOSEN, REJECTED, MISMATCHED, GROUND_TRUTH = 1, -1, 0, 2
 
 
@@ -41,6 +42,15 @@ class PreferenceObjective:
     def wants_logp(self) -> bool:
         """Whether :meth:`prepare` must be given log-probabilities of the policy before the mini-batch's step."""
         return any("logp" in needs_of(loss) for loss, _ in self.losses)
+
+    @property
+    def token_masks(self) -> Any:
+        """Where the masks of tokens come from that a loss asks for; None where none does.
+
+        :meth:`loss` then wants ``masks_BT2`` and ``divergence_BT`` in its rows.
+        """
+        asked = (getattr(loss, "token_masks", None) for loss, _ in self.losses)
+        return next((masks for masks in asked if masks is not None), None)
 
     @torch.no_grad()
     def prepare(self, minibatch: Batch) -> Batch:
@@ -83,10 +93,10 @@ class PreferenceObjective:
             part = self._part(i, loss, state, rows, pairs, logp_BT, micro)
             total = total + loss.weight * part
             sums[f"loss/{i}"] = part.detach()
-        sums |= _pair_sums(pairs) | {"loss": total.detach(), "tokens": mask_BT.sum(), "rows": (at >= 0).sum()}
+        sums |= _pair_sums(pairs) | _side_sums(rows) | {"loss": total.detach(), "tokens": mask_BT.sum()}
         if entropy_BT is not None:
             sums["entropy"] = torch.where(mask_BT, entropy_BT, 0.0).detach().sum()
-        sums["logp"] = logp_BT.detach().sum()
+        sums |= {"logp": logp_BT.detach().sum()} | _mask_sums(micro)
         if micro.shift_B is not None and self.wants_logp:
             sums["shift_max"] = micro.shift_B.max()
         return total, sums
@@ -94,21 +104,25 @@ class PreferenceObjective:
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Metrics of a mini-batch from the combined sums of its parts.
 
-        ``loss``, and of each loss ``loss/NAME``; counts ``pairs``, ``rows`` and ``tokens``; means per pair:
-        ``accuracy/pairs`` (the share whose preferred completion has the higher implicit reward), ``margin``,
-        ``ratio/chosen`` and ``ratio/rejected`` (nats; without a reference log-probabilities per token),
-        ``logp/chosen``, ``logp/rejected``, ``length/chosen`` and ``length/rejected``; ``logp`` and, if it was computed,
-        ``entropy`` per trained token; ``kl_shift``, KTO's z.
+        ``loss``, and of each loss ``loss/NAME``; counts ``pairs``, ``rows``, ``wanted`` of them, and ``tokens``; means
+        per pair: ``accuracy/pairs`` (the share whose preferred completion has the higher implicit reward) and
+        ``margin``; means per completion of a side: ``ratio/chosen`` and ``ratio/rejected`` (nats; without a reference
+        log-probabilities per token), ``logp/...`` and ``length/...`` alike; ``logp`` and, if it was computed,
+        ``entropy`` per trained token; ``kl_shift``, KTO's z. With masks of tokens ``divergence`` per token, before
+        masking, and ``sparsity/ratio`` and ``sparsity/divergence``, the shares of tokens whose mask is 0.
         """
         totals = {name: float(value) for name, value in sums.items()}
         pairs, tokens = totals.pop("pairs"), totals.pop("tokens")
-        found = {"loss": totals.pop("loss"), "pairs": pairs, "tokens": tokens, "rows": totals.pop("rows")}
+        rows = {side: totals.pop(f"rows/{side}") for side in ("chosen", "rejected")}
+        found = {"loss": totals.pop("loss"), "pairs": pairs, "tokens": tokens}
+        found |= {"rows": sum(rows.values()), "wanted": rows["chosen"]}
         for i, name in enumerate(self._names()):
             found[f"loss/{name}"] = totals.pop(f"loss/{i}")
         if "shift_max" in totals:
             found["kl_shift"] = totals.pop("shift_max")
-        per_token = {name: totals.pop(name) / tokens for name in ("entropy", "logp") if name in totals and tokens}
-        return found | per_token | ({name: total / pairs for name, total in totals.items()} if pairs else {})
+        per_token = {name: totals.pop(name) / tokens for name in PER_TOKEN if name in totals and tokens}
+        counts = {name: rows.get(name.rpartition("/")[2], pairs) for name in totals}
+        return found | per_token | {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
     def _names(self) -> list[str]:
         """Of the losses, told apart where one is there twice."""
@@ -175,9 +189,40 @@ def _rows(logp_BT: Tensor, micro: Batch) -> tuple[Rows, Tensor]:
     ref_BT = micro.ref_logp_BT
     ref_R = None if ref_BT is None else torch.where(mask_BT, ref_BT, 0.0).sum(1)[index]
     rows = Rows(
-        logp_BT.sum(1)[index], ref_R, mask_BT.sum(1)[index].float(), micro.side_B[index] == CHOSEN, micro.shift_B[index]
+        logp_BT.sum(1)[index],
+        ref_R,
+        mask_BT.sum(1)[index].float(),
+        micro.side_B[index] == CHOSEN,
+        micro.shift_B[index],
+        _masked(logp_BT, micro, index),
     )
     return rows, at
+
+
+def _masked(logp_BT: Tensor, micro: Batch, index: Tensor) -> Masked | None:
+    """What the masks of the rows ``index`` leave."""
+    if micro.masks_BT2 is None:
+        return None
+    assert micro.divergence_BT is not None and micro.ref_logp_BT is not None, "masks come with divergences"
+    masks_BT2 = torch.where(micro.loss_mask_BT[..., None], micro.masks_BT2, 0.0)
+    ratio_BT, divergence_BT = logp_BT - micro.ref_logp_BT, micro.divergence_BT
+    found_BT2 = masks_BT2 * torch.stack([ratio_BT, divergence_BT], -1)
+    ratio_R, divergence_R = torch.where(micro.loss_mask_BT[..., None], found_BT2, 0.0).sum(1)[index].unbind(-1)
+    return Masked(ratio_R, divergence_R, masks_BT2.sum(1)[index])
+
+
+@torch.no_grad()
+def _mask_sums(micro: Batch) -> dict[str, Tensor]:
+    """Over tokens: the divergence, and how many masks are 0."""
+    if micro.masks_BT2 is None or micro.divergence_BT is None:
+        return {}
+    zero_N2 = micro.masks_BT2[micro.loss_mask_BT] == 0
+    ratio, divergence = zero_N2.sum(0).unbind()
+    return {
+        "divergence": micro.divergence_BT[micro.loss_mask_BT].sum(),
+        "sparsity/ratio": ratio,
+        "sparsity/divergence": divergence,
+    }
 
 
 def _pairs(rows: Rows, micro: Batch, at: Tensor) -> Pairs:
@@ -187,14 +232,25 @@ def _pairs(rows: Rows, micro: Batch, at: Tensor) -> Pairs:
     return Pairs(rows.take(at[chosen]), rows.take(at[rejected]), reward_B[chosen] - reward_B[rejected])
 
 
+def _implicit(side: Rows) -> Tensor:
+    """The implicit reward of each completion; without a reference its log-probability per token."""
+    return side.mean_logp_R if side.ref_logp_R is None else side.ratio_R
+
+
 @torch.no_grad()
 def _pair_sums(pairs: Pairs) -> dict[str, Tensor]:
     """Sums over pairs, and their number."""
-    sums: dict[str, Tensor] = {"pairs": torch.tensor(float(len(pairs.gap_P)), device=pairs.gap_P.device)}
-    implicit: dict[str, Tensor] = {}
-    for name, side in {"chosen": pairs.chosen, "rejected": pairs.rejected}.items():
-        implicit[name] = side.mean_logp_R if side.ref_logp_R is None else side.ratio_R
-        sums |= {f"ratio/{name}": implicit[name].sum(), f"logp/{name}": side.logp_R.sum()}
-        sums |= {f"length/{name}": side.length_R.sum()}
-    margin_P = implicit["chosen"] - implicit["rejected"]
-    return sums | {"margin": margin_P.sum(), "accuracy/pairs": (margin_P > 0).float().sum()}
+    margin_P = _implicit(pairs.chosen) - _implicit(pairs.rejected)
+    count = torch.tensor(float(len(margin_P)), device=margin_P.device)
+    return {"pairs": count, "margin": margin_P.sum(), "accuracy/pairs": (margin_P > 0).float().sum()}
+
+
+@torch.no_grad()
+def _side_sums(rows: Rows) -> dict[str, Tensor]:
+    """Sums over the completions of each side, and their number."""
+    sums: dict[str, Tensor] = {}
+    values = {"ratio": _implicit(rows), "logp": rows.logp_R, "length": rows.length_R}
+    for side, own_R in {"chosen": rows.wanted_R, "rejected": ~rows.wanted_R}.items():
+        sums |= {f"{name}/{side}": value_R[own_R].sum() for name, value_R in values.items()}
+        sums[f"rows/{side}"] = own_R.sum()
+    return sums

@@ -17,6 +17,18 @@ from alignment.registry import Registry, option
 
 
 @dataclass(frozen=True)
+class Masked:
+    """Sums over each completion's tokens, weighted by masks ``m``: one for ratios and one for divergences."""
+
+    ratio_R: Tensor
+    """``sum_t m^u_t (log pi(y_t) - log pi_ref(y_t))``, in nats."""
+    divergence_R: Tensor
+    """``sum_t m^d_t KL(pi_ref(.|s_t) || pi(.|s_t))`` over the whole vocabulary, in nats."""
+    size_R2: Tensor
+    """``sum_t m^u_t`` and ``sum_t m^d_t``."""
+
+
+@dataclass(frozen=True)
 class Rows:
     """Completions, each one row of a batch."""
 
@@ -30,6 +42,8 @@ class Rows:
     """bool: the preferred one, or one that was called good."""
     shift_R: Tensor
     """What :class:`Kto` compares its ratio with."""
+    masked: Masked | None = None
+    """Where a loss has ``token_masks``."""
 
     @property
     def ratio_R(self) -> Tensor:
@@ -45,7 +59,9 @@ class Rows:
     def take(self, index: Tensor) -> "Rows":
         """The rows ``index``, in that order."""
         ref = None if self.ref_logp_R is None else self.ref_logp_R[index]
-        return Rows(self.logp_R[index], ref, self.length_R[index], self.wanted_R[index], self.shift_R[index])
+        m = self.masked
+        masked = None if m is None else Masked(m.ratio_R[index], m.divergence_R[index], m.size_R2[index])
+        return Rows(self.logp_R[index], ref, self.length_R[index], self.wanted_R[index], self.shift_R[index], masked)
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,8 @@ class PreferenceLoss(Protocol):
     ``row_loss(state, rows) -> loss_R``, of which the mean over rows is.
 
     Optional on the class: ``needs``, with ``"reference"`` if it looks at ratios; ``mismatched = True`` if it asks for
-    rows in which each prompt is followed by another one's completion; ``init`` and ``observe``, if it remembers.
+    rows in which each prompt is followed by another one's completion; ``token_masks``, where the masks of
+    ``Rows.masked`` come from, if it looks at them; ``init`` and ``observe``, if it remembers.
     """
 
     @property
@@ -284,6 +301,8 @@ def check_losses(losses: tuple[Any, ...]) -> None:
     kinds = [(type(loss), getattr(loss, "of", None)) for loss in losses]
     if len(set(kinds)) < len(kinds):
         raise UserError("losses has the same one twice: keep one, with the sum of their weights")
+    if sum(getattr(loss, "token_masks", None) is not None for loss in losses) > 1:
+        raise UserError("losses has two with masks of tokens, and there is one mask: keep one of them")
     if all(hasattr(loss, "token_loss") for loss in losses):
         raise UserError("losses has nothing that learns from a preference; add one such as dpo, or use a stage 'sft'")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.control import control_ids
 from alignment.data.demonstrations import Shown, Tokens, encode_demonstrations
 from alignment.data.rows import shown
-from alignment.data.sides import PAIRED, demonstration, pair_of, side_fault, too_long
+from alignment.data.sides import PAIRED, columns_of, demonstration, pair_of, side_fault, too_long
 from alignment.data.sources import describe
 from alignment.environments import Environment
 from alignment.errors import UserError
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECTIONS = ("train", "demonstrations", "preferences", "eval", "eval_preferences")
-NEEDED: Mapping[str, tuple[str, ...]] = {
-    "demonstrations": ("completion",),
-    "preferences": PAIRED,
-    "eval_preferences": PAIRED,
-}
-"""Columns that each row of a section must have, beside ``prompt``."""
 MAX_SKIPPED_SHARE = 0.01
 REPORTED_BAD_ROWS = 5
 
@@ -102,7 +96,7 @@ class LoadedData:
     demonstrated: Mapping[str, Prompt] = field(default_factory=dict)
     """The row of each demonstration, by its id."""
     preferences: Sequence[Group] = ()
-    """Pairs: the preferred completion first."""
+    """Pairs, the preferred completion first; and single completions, with a label."""
     held_out_preferences: Sequence[Group] = ()
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """:meth:`Section.report` of each section."""
@@ -198,11 +192,11 @@ def read_section(recipe: Recipe, name: str) -> Section | None:
     for prompt in dataset.prompts:
         digest.update(json.dumps(prompt.row, sort_keys=True, default=str).encode() + b"\n")
     section = Section(name, dataset.origin, digest.hexdigest(), dataset.prompts, tuple(dataset.bad))
-    missing = [[column for column in NEEDED.get(name, ()) if column not in p.row] for p in dataset.prompts]
+    missing = [[column for column in columns_of(name, p.row) if column not in p.row] for p in dataset.prompts]
     section = section.set_aside(f"has no {', '.join(map(repr, columns))}" if columns else None for columns in missing)
     if not section.prompts:
         raise UserError(
-            f"data.{name}: no row has {' and '.join(map(repr, NEEDED[name]))}; the columns of the first are "
+            f"data.{name}: no row has {' and '.join(map(repr, columns_of(name, {})))}; the columns of the first are "
             f"{', '.join(dataset.prompts[0].row)}: name the right ones in field_map"
         )
     return section
@@ -278,15 +272,19 @@ def _sides(
 ) -> tuple[Section, dict[str, dict[str, Shown]]]:
     """What somebody wrote after the prompts, by column and prompt id; rows that cannot be encoded are set aside."""
     sides: dict[str, dict[str, Shown]] = {}
-    for column in NEEDED.get(section.name, ()):
-        section = section.set_aside(side_fault(prompt, column) for prompt in section.prompts)
-        rows = [(opened[p.id], tokens[p.id], p.row[column]) for p in section.prompts]
-        found = encode_demonstrations(rows, tokenizer, stops)
-        prompts = section.prompts
-        sides[column] = {p.id: each for p, each in zip(prompts, found, strict=True) if isinstance(each, Shown)}
-        section = section.set_aside(each if isinstance(each, str) else None for each in found)
-    if section.name.endswith("preferences"):
-        same = (sides["chosen"][p.id].token_ids == sides["rejected"][p.id].token_ids for p in section.prompts)
+    judged = section.name.endswith("preferences")
+    for column in dict.fromkeys(column for p in section.prompts for column in columns_of(section.name, p.row)):
+        having = [p for p in section.prompts if column in columns_of(section.name, p.row)]
+        faults = {p.id: side_fault(p, column, judged) for p in having}
+        having = [p for p in having if faults[p.id] is None]
+        found = encode_demonstrations([(opened[p.id], tokens[p.id], p.row[column]) for p in having], tokenizer, stops)
+        said = {p.id: each for p, each in zip(having, found, strict=True)}
+        sides[column] = {name: each for name, each in said.items() if isinstance(each, Shown)}
+        faults |= {name: each for name, each in said.items() if isinstance(each, str)}
+        section = section.set_aside(faults.get(p.id) for p in section.prompts)
+    if judged:
+        chosen, rejected = (sides.get(column, {}) for column in PAIRED)
+        same = (p.id in chosen and chosen[p.id].token_ids == rejected[p.id].token_ids for p in section.prompts)
         section = section.set_aside("'chosen' and 'rejected' are the same tokens" if equal else None for equal in same)
     return section, sides
 

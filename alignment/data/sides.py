@@ -2,12 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from alignment.data.demonstrations import Shown, Tokens
 from alignment.types import Group, Prompt, Rollout, SamplingParams
 
 PAIRED = ("chosen", "rejected")
 """Columns of a preference."""
+LABEL = "label"
+"""Of a completion that was judged by itself: whether it was wanted."""
+
+
+def columns_of(section: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that a row of a section of the data must have beside its prompt, each with what follows that.
+
+    Rows of ``preferences`` have two sides, or, with a ``label``, one completion.
+    """
+    if section == "preferences" and LABEL in row and not any(column in row for column in PAIRED):
+        return ("completion",)
+    named = {"demonstrations": ("completion",), "preferences": PAIRED, "eval_preferences": PAIRED}
+    return named.get(section, ())
 
 
 def demonstration(prompt: Prompt, prompt_ids: Tokens, shown: Shown, column: str = "completion") -> Rollout:
@@ -33,13 +47,17 @@ def demonstration(prompt: Prompt, prompt_ids: Tokens, shown: Shown, column: str 
 
 
 def pair_of(uid: int, prompt: Prompt, prompt_ids: Tokens, sides: Mapping[str, Mapping[str, Shown]]) -> Group:
-    """The two sides of a preference; their rewards are the row's ``chosen_score`` and ``rejected_score``, if given."""
+    """The two sides of a preference; their rewards are the row's ``chosen_score`` and ``rejected_score``, if given.
+
+    Of a row with a label, its one completion.
+    """
+    columns = columns_of("preferences", prompt.row)
     rollouts = [
         replace(
             demonstration(prompt, prompt_ids, sides[column][prompt.id], column),
             reward=prompt.row.get(f"{column}_score"),
         )
-        for column in PAIRED
+        for column in columns
     ]
     return Group(uid, prompt, tuple(rollouts))
 
@@ -47,7 +65,7 @@ def pair_of(uid: int, prompt: Prompt, prompt_ids: Tokens, sides: Mapping[str, Ma
 def too_long(prompt: Prompt, sides: Mapping[str, Mapping[str, Shown]], limit: int | None) -> str | None:
     """Which completion of a row is too long, and what to do about it; the end-of-sequence token counts."""
     for column, shown in sides.items():
-        length = len(shown[prompt.id].token_ids)
+        length = len(shown[prompt.id].token_ids) if prompt.id in shown else 0
         if limit is not None and length > limit:
             return (
                 f"{column!r} has {length:,} tokens, more than data.max_completion_tokens ({limit:,}), and one that is "
@@ -56,11 +74,14 @@ def too_long(prompt: Prompt, sides: Mapping[str, Mapping[str, Shown]], limit: in
     return None
 
 
-def side_fault(prompt: Prompt, column: str) -> str | None:
-    """Why a completion, or the score of one, cannot be used."""
+def side_fault(prompt: Prompt, column: str, judged: bool) -> str | None:
+    """Why a completion, or the score or label of one, cannot be used; ``judged``: somebody judged it."""
     score = prompt.row.get(f"{column}_score")
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or score != score):
         return f"'{column}_score' must be a number, not {score!r}"
-    if column in PAIRED and not isinstance(prompt.row[column], str):
+    label = prompt.row.get(LABEL)
+    if judged and column not in PAIRED and not isinstance(label, bool):
+        return f"'{LABEL}' must be true, of a completion that was wanted, or false, not {label!r}"
+    if judged and not isinstance(prompt.row[column], str):
         return f"{column!r} has several messages; give the answer as text, and the turns before it in 'prompt'"
     return None

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from alignment.adapters import is_fresh, merged_names
 from alignment.engines.cpu import checkpoint_contexts, float32_attention
 from alignment.engines.learner_config import LearnerOptions, TorchLearnerConfig
 from alignment.engines.logprobs import LogProbs
@@ -131,13 +132,14 @@ class OneProcess:
         self.device = torch.device(name)
         self.module = module.to(self.device).eval()
         self.head = None if head is None else head.to(self.device)
-        self.trained, self.fresh_adapter = trained_of(module, self.head), has_fresh_adapter(module)
+        self.trained, self.fresh_adapter = trained_of(module, self.head), is_fresh(module)
         self.autocast = config.autocast == "bfloat16"
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, self.autocast)
-        self._forward: Callable[..., Any] = (
-            module if plain else LogProbs(module, config.logits_chunk_mb, self.autocast, self.head, config.packing)
-        )
-        self._frozen: str | None = None
+        self.logprobs: LogProbs | None = None
+        if not plain:
+            self.logprobs = LogProbs(module, config.logits_chunk_mb, self.autocast, self.head, config.packing)
+        self._forward: Callable[..., Any] = self.logprobs or module
+        self._frozen: tuple[frozenset[str], str] | None = None
 
     def forward(self, *args: Any) -> Any:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
@@ -185,9 +187,10 @@ class OneProcess:
         return digest(weights_of(self.module))
 
     def frozen(self) -> str:
-        if self._frozen is None:
-            self._frozen = frozen_digest(self.module, self.trained)
-        return self._frozen
+        merged = merged_names(self.module)
+        if self._frozen is None or self._frozen[0] != merged:
+            self._frozen = merged, frozen_digest(self.module, self.trained)
+        return self._frozen[1]
 
     def write(self, path: Path, kept: Kept | None = None, head: bool = False) -> None:
         write_tensors(path, own_weights(self, head) if kept is None else kept)
@@ -257,14 +260,6 @@ def replaced(parameters: Mapping[str, nn.Parameter], by: Mapping[str, Tensor]) -
             p.data = own[name]
 
 
-def has_fresh_adapter(module: nn.Module) -> bool:
-    """Whether there is an adapter and it does nothing yet, so that the policy of now is the model without it."""
-    parameters = module.named_parameters()
-    return hasattr(module, "disable_adapter") and not any(
-        p.any() for name, p in parameters if p.requires_grad and "lora_B" in name
-    )
-
-
 def checkpoint_gradients(module: nn.Module, wanted: bool, device: torch.device, autocast: bool) -> None:
     """Turns the recomputation of activations on or off; an earlier learner of the same module may have set it."""
     if not hasattr(module, "gradient_checkpointing_enable"):
@@ -277,9 +272,10 @@ def checkpoint_gradients(module: nn.Module, wanted: bool, device: torch.device, 
 
 
 def changing(module: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
-    """What training changes: trained parameters and buffers that belong to the model."""
-    parameters = dict(module.named_parameters())
-    return {n: t for n, t in weights_of(module).items() if n in trained or n not in parameters}
+    """What training changes: trained parameters, those that an adapter was merged into, and buffers of the model."""
+    merged = merged_names(module)
+    still = {name for name, _ in module.named_parameters()} - merged
+    return {name: tensor for name, tensor in weights_of(module).items() if name in trained or name not in still}
 
 
 def frozen_digest(module: nn.Module, trained: Collection[str]) -> str:

@@ -13,13 +13,13 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from alignment.adapters import is_fresh, merged_names
 from alignment.algorithms.objective import combine
 from alignment.engines.backend import (
     Backend,
     Kept,
     checkpoint_gradients,
     frozen_digest,
-    has_fresh_adapter,
     head_lr_ratio,
     own_weights,
     packs_of,
@@ -45,6 +45,7 @@ from alignment.engines.deepspeed_zero import (
 )
 from alignment.engines.logprobs import Entropy, LogProbs
 from alignment.engines.optimizer import HEAD, Slot, adamw_over
+from alignment.errors import UserError
 from alignment.partition import Cost, Share
 from alignment.tensorfile import digest, read_tensors, weights_of, write_tensors
 from alignment.types import Batch
@@ -62,15 +63,21 @@ class ZeroBackend:
 
     Raises:
         ValueError: Nothing in ``module`` requires a gradient.
+        UserError: Adapters were merged into ``module``: only a whole base can be split over ranks again.
     """
 
     def __init__(
         self, module: nn.Module, config: DeepSpeedLearnerConfig, head: nn.Module | None = None, plain: bool = False
     ) -> None:
         assert dist.get_world_size() == config.ranks, f"{dist.get_world_size()} processes for {config.ranks} ranks"
+        if merged_names(module):
+            raise UserError(
+                "learner deepspeed: adapters were merged into the model, and its checkpoints hold an adapter alone: "
+                "export it merged, and name that folder as model.path"
+            )
         self.module, self.config, self.stage, self.head = module.eval(), config, config.zero_stage, head
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-        self.trained, self.fresh_adapter = trained_of(module, head), has_fresh_adapter(module)
+        self.trained, self.fresh_adapter = trained_of(module, head), is_fresh(module)
         self._frozen = frozen_digest(module, self.trained)
         if config.dtype == "float32":
             cast(module, torch.float32)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -166,6 +166,10 @@ class TorchLearnerConfig(LearnerOptions):
     device: Annotated[Literal["auto", "cpu", "cuda"], option("where the policy lives; auto: cuda if available")] = (
         "auto"
     )
+    merges_adapters: ClassVar[bool] = True
+    """Its learner has ``merge_adapter``."""
+    masks_tokens: ClassVar[bool] = True
+    """Its learner takes preferences with masks of tokens."""
 
     def build(
         self,

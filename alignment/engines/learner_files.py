@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.adapters import mark_merged, merged_names
+
 if TYPE_CHECKING:
     from alignment.engines.policy_learner import PolicyLearner
 
@@ -16,6 +18,7 @@ def save_learner(learner: "PolicyLearner", folder: Path) -> None:
     if learner.reference is not None:
         backend.write(folder / "reference.safetensors", learner.reference)
     record: dict[str, Any] = {"frozen": backend.frozen(), "reference": learner.reference is not None}
+    record["merged"] = sorted(merged_names(learner.module))
     record["slots"] = {name: slot.save(folder / f"slot-{name}") for name, slot in learner.slots.items()}
     record["roles"] = {}
     for name, role in learner.roles.items():
@@ -28,6 +31,8 @@ def save_learner(learner: "PolicyLearner", folder: Path) -> None:
 def restore_learner(learner: "PolicyLearner", folder: Path, main_slot: str) -> None:
     """As :meth:`alignment.engines.policy_learner.PolicyLearner.restore`."""
     record, backend = json.loads((folder / "learner.json").read_text()), learner.backend
+    if record.get("merged"):
+        mark_merged(learner.module, record["merged"])
     if record["frozen"] != backend.frozen():
         raise ValueError(f"{folder} belongs to another base model: the weights that are not trained differ")
     if record["roles"].keys() != learner.roles.keys():

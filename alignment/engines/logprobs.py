@@ -13,6 +13,7 @@ Suffixes beside the legend of :mod:`alignment.types`: N trained tokens of a micr
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -40,6 +41,43 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained tokens of a micro-batch, and where a model's output before each of them stands."""
+
+    row_N: Tensor
+    column_N: Tensor
+    token_N: Tensor
+    temperature_N: Tensor
+    inputs: dict[str, Any]
+    """What the model is called with."""
+    place_N: tuple[Tensor, Tensor]
+    """Rows and columns of the model's output."""
+    layout: Layout | None
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, batch: Batch, body: nn.Module, whole: bool = False) -> "Trained":
+        """Those of ``batch``; ``whole``: the last token is read too, though it predicts nothing that is trained on."""
+        row_N, previous_N = batch.loss_mask_BT[:, 1:].nonzero(as_tuple=True)
+        layout = None
+        if batch.pack_B is not None:
+            layout = Layout.of(batch.ids_BT, batch.length_B, batch.pack_B, body)
+        # No mask: causal attention hides the padding on the right.
+        inputs = {"input_ids": batch.ids_BT if whole else batch.ids_BT[:, :-1], "use_cache": False}
+        place_N = (row_N, previous_N)
+        if layout is not None:
+            inputs, place_N = inputs | layout.inputs, layout.place(row_N, previous_N)
+        token_N, temperature_N = batch.ids_BT[row_N, previous_N + 1], batch.temperature_B[row_N]
+        rows, columns = batch.ids_BT.shape
+        return cls(row_N, previous_N + 1, token_N, temperature_N, inputs, place_N, layout, (rows, columns))
+
+    def spread(self, value_N: Tensor) -> Tensor:
+        """``[B, T]``, or more for tokens that have several values: 0 where nothing is trained."""
+        empty = torch.zeros(*self.shape, *value_N.shape[1:], device=value_N.device)
+        return empty.index_put((self.row_N, self.column_N), value_N)
 
 
 class LogProbs:
@@ -103,39 +141,25 @@ class LogProbs:
                 beside it ``sum_v p_v^2 (log p_v + H)``: in its place is ``[B, T, 2]``.
             values: What the value head puts out for the state after each token comes third, from the same pass.
         """
-        row_N, previous_N = batch.loss_mask_BT[:, 1:].nonzero(as_tuple=True)
-        token_N = batch.ids_BT[row_N, previous_N + 1]
-        temperature_N = batch.temperature_B[row_N]
-        layout = None
-        if batch.pack_B is not None:
-            layout = Layout.of(batch.ids_BT, batch.length_B, batch.pack_B, self.body)
-        # The last token predicts nothing that is trained on, though it has a value. No mask: causal attention hides the
-        # padding on the right.
-        inputs = {"input_ids": batch.ids_BT if values else batch.ids_BT[:, :-1], "use_cache": False}
-        place_N = (row_N, previous_N)
-        if layout is not None:
-            inputs, place_N = inputs | layout.inputs, layout.place(row_N, previous_N)
+        trained = Trained.of(batch, self.body, whole=values)
         device, output = batch.ids_BT.device.type, None
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
-            hidden_BTH = None if self.slow_reason and not values else self.body(**inputs).last_hidden_state
+            hidden_BTH = None if self.slow_reason and not values else self.body(**trained.inputs).last_hidden_state
             if self.slow_reason is not None:
-                logits_NV = self.module(**inputs).logits[place_N]
-                parts = [_score(logits_NV, token_N, temperature_N, entropy)]
+                logits_NV = self.module(**trained.inputs).logits[trained.place_N]
+                parts = [_score(logits_NV, trained.token_N, trained.temperature_N, entropy)]
             else:
                 assert hidden_BTH is not None
-                parts = list(self.score_hidden(hidden_BTH[place_N], token_N, temperature_N, entropy))
+                hidden_NH = hidden_BTH[trained.place_N]
+                parts = list(self.score_hidden(hidden_NH, trained.token_N, trained.temperature_N, entropy))
             if values:
                 assert self.value_head is not None, "it was made without a value head"
                 assert hidden_BTH is not None
-                apart_BTH = hidden_BTH if layout is None else layout.apart(hidden_BTH)
+                apart_BTH = hidden_BTH if trained.layout is None else trained.layout.apart(hidden_BTH)
                 output = self.value_head(apart_BTH, batch.ids_BT)
-        logp_N = torch.cat([logp for logp, _ in parts])
-        empty_BT = torch.zeros(batch.ids_BT.shape, device=logp_N.device)
-        logp_BT, entropy_BT = empty_BT.index_put((row_N, previous_N + 1), logp_N), None
+        logp_BT, entropy_BT = trained.spread(torch.cat([logp for logp, _ in parts])), None
         if entropy != "none":
-            entropy_N = torch.cat([e for _, e in parts if e is not None])
-            empty = empty_BT.new_zeros(*empty_BT.shape, *entropy_N.shape[1:])
-            entropy_BT = empty.index_put((row_N, previous_N + 1), entropy_N)
+            entropy_BT = trained.spread(torch.cat([e for _, e in parts if e is not None]))
         return (logp_BT, entropy_BT, output) if values else (logp_BT, entropy_BT)
 
     @property

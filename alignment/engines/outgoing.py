@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from alignment.model_saving import merged_weights
+from alignment.adapters import merged_names, merged_weights
+from alignment.errors import UserError
 
 Form = Literal["merged", "adapter"]
 
@@ -19,12 +20,18 @@ def outgoing(module: nn.Module, form: Form) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         ValueError: The adapter is asked for and there is none.
+        UserError: It is asked for alone, and engines have not the base below it, which earlier ones were merged into.
     """
     wrapped: Any = module
     adapted = hasattr(module, "get_base_model")
     if form == "adapter":
         if not adapted:
             raise ValueError("the model has no LoRA adapter to send; send whole weights (form: merged)")
+        if merged_names(module):
+            raise UserError(
+                "earlier adapters were merged into the model, so the adapter alone is not the policy: set "
+                "transport.form and sampler.lora to 'merged'"
+            )
         from peft import get_peft_model_state_dict
 
         named = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -60,7 +60,6 @@ def pair(w=-10.0, lose=-12.0, ref_w=-11.0, ref_l=-11.0, n_w=10, n_l=12, gap=math
         (Simpo(beta=2.0, gamma=1.0), pair(-10, -12), 1.3132617),
         (MmDpo(beta=0.1), pair(gap=2.0), 0.5701763),
         (MmDpo(w=0.0), pair(gap=2.0), 0.5981389),
-        (Bco(), pair(-11, -11), 2 * math.log(2)),
         (Dpo(), pair(-11, -11), math.log(2)),
         (LengthNormalizedDpo(), pair(-11, -11), math.log(2)),
     ],
@@ -108,21 +107,29 @@ def test_dynamic_reward_scaling_stays_within_its_bounds():
 
 
 def test_mpo_is_the_weighted_sum():
-    total = 0.8 * float(Dpo().pair_loss(None, pair(-11, -11))) + 0.2 * float(Bco().pair_loss(None, pair(-11, -11)))
+    total = 0.8 * float(Dpo().pair_loss(None, pair(-11, -11))) + 0.2 * float(Bco().row_loss(None, rows(-11, -11)))
     assert total == pytest.approx(0.831777, abs=1e-6)
 
 
 def test_a_bco_that_remembers_pulls_both_sides_by_themselves():
-    bco, state = Bco(beta=0.5), {"mean": 0.0, "pairs": 0.0}
+    bco, state = Bco(beta=0.5), {"mean": 0.0, "rows": 0.0}
     context = Context(0, 0)
     for chosen, rejected, pairs in ((4.0, 0.0, 1.0), (8.0, 0.0, 3.0)):
-        metrics = {"ratio/chosen": chosen, "ratio/rejected": rejected, "pairs": pairs}
+        metrics = {"ratio/chosen": chosen, "ratio/rejected": rejected, "rows": 2 * pairs, "wanted": pairs}
         state = bco.observe(state, Signals((), batch(), metrics, None, context))
-    assert state == {"mean": pytest.approx((1.0 * 1 + 2.0 * 3) / 4), "pairs": 4.0}
+    assert state == {"mean": pytest.approx((1.0 * 1 + 2.0 * 3) / 4), "rows": 8.0}
     assert bco.observe(state, Signals((), batch(), {"pairs": 0.0}, None, context)) == state
-    pairs = pair(-11.0, -11.0)
-    bco.pair_loss(state, pairs).sum().backward()
-    assert pairs.chosen.logp_R.grad < 0 < pairs.rejected.logp_R.grad
+    one_sided = bco.observe(
+        state, Signals((), batch(), {"ratio/chosen": 6.0, "rows": 2.0, "wanted": 2.0}, None, context)
+    )
+    assert one_sided == {"mean": pytest.approx((1.75 * 8 + 3.0 * 2) / 10), "rows": 10.0}
+    sides = rows(-11.0, -11.0), rows(-11.0, -11.0, wanted=False)
+    losses = [bco.row_loss(state, side) for side in sides]
+    for loss in losses:
+        loss.sum().backward()
+    assert sides[0].logp_R.grad < 0 < sides[1].logp_R.grad
+    # a mean over the two rows is -log sigmoid(-d) - log sigmoid(d)
+    assert float(sum(losses)) / 2 == pytest.approx(math.log1p(math.exp(1.75)) + math.log1p(math.exp(-1.75)), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +230,27 @@ def test_loss_gradient_and_metrics_do_not_depend_on_micro_batches_or_order(losse
         assert again == pytest.approx(loss, rel=1e-6)
         assert metrics_again == pytest.approx(metrics, rel=1e-6)
         assert torch.allclose(grad_again, grad, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [Kto(), Bco(), Kto(desirable=2.0)], ids=["kto", "bco", "weighted"])
+def test_completions_that_were_judged_by_themselves(loss):
+    """Of no pair, three wanted and five not: means over them, whatever the micro-batches, and those of the pairs."""
+    paired_loss, paired_grad, paired = computed([loss], batch(), 1000)
+    apart = replace(batch(), group_B=torch.arange(len(LENGTHS)))
+    found, grad, metrics = computed([loss], apart, 1000)
+    assert metrics["pairs"] == 0 and metrics["rows"] == 8 and metrics["wanted"] == 4 and "margin" not in metrics
+    assert found == pytest.approx(paired_loss, rel=1e-6) and torch.allclose(grad, paired_grad, rtol=1e-6)
+    for name in ("ratio/chosen", "ratio/rejected", "logp/chosen", "length/rejected"):
+        assert metrics[name] == pytest.approx(paired[name], rel=1e-6)
+    uneven = replace(apart, side_B=torch.tensor([1, -1, 1, -1, -1, -1, 1, -1, 0, 2], dtype=torch.int8))
+    found, grad, metrics = computed([loss], uneven, 1000)
+    assert metrics["wanted"] == 3
+    for given, budget in ((uneven, 12), (uneven.rows([7, 3, 9, 0, 5, 8, 2, 6, 1, 4]), 24)):
+        again, grad_again, metrics_again = computed([loss], given, budget)
+        assert again == pytest.approx(found, rel=1e-6) and torch.allclose(grad_again, grad, rtol=1e-6)
+        assert metrics_again == pytest.approx(metrics, rel=1e-6)
+    ones = uneven.rows([0, 2, 6])
+    assert "ratio/rejected" not in computed([loss], ones, 1000)[2], "there is none"
 
 
 def test_sides_of_a_pair_share_a_micro_batch_and_every_row_is_there_once():

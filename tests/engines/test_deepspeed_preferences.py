@@ -9,6 +9,7 @@ import pytest
 from alignment.algorithms.binary_preferences import Bco, Kto
 from alignment.algorithms.preferences import Dpo, Nll
 from alignment.engines.outgoing import outgoing
+from alignment.errors import UserError
 from alignment.references import Copy, Ema, Refreshed
 from tests.engines import preference_checks as checks
 from tests.engines.preference_checks import Case
@@ -57,6 +58,19 @@ def test_two_ranks_are_the_torch_learner(worlds, case, stage):  # noqa: F811
     assert_like(ours, metrics, 5e-5)
     np.testing.assert_allclose(of_reference, reference, rtol=0, atol=1e-4)
     assert_equal(ours_after, weights, 5e-5)
+
+
+def test_a_model_that_adapters_were_merged_into_is_refused(monkeypatch):
+    from alignment.adapters import merge_adapter
+    from alignment.engines.deepspeed_backend import ZeroBackend
+    from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
+    from tests.engines.helpers import lora
+
+    module = lora()
+    merge_adapter(module, 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    with pytest.raises(UserError, match="adapters were merged into the model.*export it merged"):
+        ZeroBackend(module, DeepSpeedLearnerConfig(ranks=1))
 
 
 def test_the_cases_are_unlike_each_other():
