@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from alignment.algorithms.masked_preferences import LearnedMasks
 from alignment.architectures import Shape
 from alignment.critics import ModelCritic
 from alignment.recipe_sections import ModelConfig
@@ -154,7 +155,7 @@ def training_bytes(
         reference: Whether a frozen copy is kept.
     """
     b, t, trained = training.weight_bytes, training.trained_bytes(model), shape.trainable(model.lora)
-    tokens = max(row_tokens, min(training.micro_batch_tokens or rows * row_tokens, rows * row_tokens))
+    tokens = _micro_batch(training, row_tokens, rows)
     logits = 4 * tokens * shape.vocabulary
     chunk = int(2**20 * training.logits_chunk_mb) if training.logits_chunk_mb is not None else logits
     layer = activation_bytes(shape, training.precision)
@@ -169,6 +170,20 @@ def training_bytes(
         "activations": tokens * kept,
         "logits": 3 * min(logits, chunk),
     }
+
+
+def _micro_batch(training: Training, row_tokens: int, rows: int) -> int:
+    """Most tokens of a micro-batch: a row is never cut."""
+    return max(row_tokens, min(training.micro_batch_tokens or rows * row_tokens, rows * row_tokens))
+
+
+def masking_bytes(shape: Shape, training: Training, masks: Any, tokens: int) -> int:
+    """What preferences with masks of tokens keep of the reference during a micro-batch, in bytes: its logits, ``4 V`` a
+    token, and, where masks are learned, its hidden states, ``b L H``, and for each network two float32 copies."""
+    states = 0
+    if isinstance(masks, LearnedMasks):
+        states = shape.layers * shape.hidden * (training.weight_bytes + (16 if masks.independent else 8))
+    return tokens * (4 * shape.vocabulary + states)
 
 
 def resting_bytes(shape: Shape, model: ModelConfig, training: Training, reference: bool) -> int:
@@ -271,8 +286,8 @@ def critic_bytes(shape: Shape, model: ModelConfig, stage: Any) -> int:
 
 def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_tokens: int) -> dict[str, int]:
     """What a step keeps at its peak in each process that learns, in bytes: :func:`training_bytes`, value models of
-    their own as ``critics`` and, where the model that is trained samples as well, the ``cache`` of the rows that are
-    sampled together.
+    their own as ``critics``, :func:`masking_bytes` as ``masks`` and, where the model that is trained samples as well,
+    the ``cache`` of the rows that are sampled together.
 
     The allocator, the framework itself and temporary buffers are not counted.
     """
@@ -280,6 +295,10 @@ def memory_bytes(shape: Shape, model: ModelConfig, stage: Any, rows: int, row_to
     found = training_bytes(shape, model, training, row_tokens, -(-rows // training.ranks), stage.needs_reference)
     if critics := critic_bytes(shape, model, stage):
         found["critics"] = critics
+    for loss in getattr(stage, "losses", ()):
+        if (masks := getattr(loss, "token_masks", None)) is not None:
+            tokens = _micro_batch(training, row_tokens, -(-rows // training.ranks))
+            found["masks"] = masking_bytes(shape, training, masks, tokens)
     if stage.samples and not hasattr(stage.sampler, "tensor_parallel"):
         cached = min(rows, getattr(stage.sampler, "batch_rows", rows))
         found["cache"] = cached * row_tokens * cache_bytes_per_token(shape, model.dtype)

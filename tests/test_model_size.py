@@ -9,6 +9,8 @@ import torch
 
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.hypervolume import Hypervolume
+from alignment.algorithms.masked_preferences import Mapo, SparsePo
+from alignment.algorithms.preferences import Dpo
 from alignment.architectures import KNOWN, Shape
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.learner_config import TorchLearnerConfig
@@ -19,10 +21,11 @@ from alignment.model_size import (
     engine_bytes,
     host_bytes,
     max_positions,
+    memory_bytes,
     resting_bytes,
     training_bytes,
 )
-from alignment.recipe import OnlineStage
+from alignment.recipe import OnlineStage, PreferenceStage
 from alignment.recipe_sections import Lora, ModelConfig
 
 PUBLISHED = {
@@ -270,6 +273,21 @@ def test_micro_batches_bound_activations_and_chunks_the_logits():
     assert less["activations"] == 4096 * (layers * 2 * SEVEN.hidden + layer)
     assert sizes(zero(micro_batch_tokens=10**6))["activations"] == 64 * 1024 * layers * layer, "no more than there is"
     assert sizes(zero(micro_batch_tokens=1))["activations"] == 1024 * layers * layer, "a row is never cut"
+
+
+def test_masks_of_tokens_keep_the_references_logits_and_states():
+    model = ModelConfig(path="Qwen/Qwen2.5-7B", dtype="bfloat16")
+
+    def found(loss: Any) -> dict[str, int]:
+        learner = TorchLearnerConfig(micro_batch_tokens=4096)
+        return memory_bytes(SEVEN, model, PreferenceStage(steps=1, losses=(loss,), learner=learner), 64, 1024)
+
+    logits, states = 4096 * 4 * SEVEN.vocabulary, 4096 * SEVEN.layers * SEVEN.hidden
+    assert "masks" not in found(Dpo()) and found(Mapo())["masks"] == logits
+    assert found(SparsePo())["masks"] == logits + (2 + 8) * states
+    independent = found(SparsePo(masks="independent"))
+    assert independent["masks"] == logits + (2 + 16) * states
+    assert independent["total"] == found(Dpo())["total"] + independent["masks"]
 
 
 def test_the_cache_is_split_by_key_value_heads():
