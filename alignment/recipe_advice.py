@@ -9,6 +9,7 @@ from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.covariance import ClipCov
 from alignment.algorithms.entropy_controls import entropy_controls
 from alignment.algorithms.policy_losses import Clip
+from alignment.algorithms.shuffled import Shuffled
 from alignment.curricula import curricula, remarks
 from alignment.recipe_checks import Conflict
 from alignment.recipe_control import control_conflicts
@@ -64,7 +65,8 @@ def _other_clips(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:
     loss = algorithm.policy_loss
     if not isinstance(loss, Clip) or algorithm.epochs * algorithm.minibatches == 1:
         return
-    for number, control in enumerate(algorithm.entropy_controls):
+    for number, listed in enumerate(algorithm.entropy_controls):
+        control = listed.of if isinstance(listed, Shuffled) else listed
         if isinstance(control, ClipCov) and (control.clip_low, control.clip_high) != (loss.clip_low, loss.clip_high):
             low, high = f"{loss.clip_low:g}", f"{loss.clip_high:g}"
             message = (

@@ -137,15 +137,12 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = args.sizes or (QUICK_SIZES if args.quick else SIZES)
     ours = [e for e in curricula if e.cls.__module__.startswith("alignment.")]
+    ours = [e for e in ours if hasattr(e.cls, "select") or hasattr(e.cls, "admits")]
     rows = []
     for size in sizes:
         prompts = [Prompt(f"train/{i}", {"prompt": str(i), "level": 1 + i % LEVELS}) for i in range(size)]
         for entry in ours:
-            component: Any = entry.cls()
-            if hasattr(component, "admits"):
-                component = Beside(component)
-            if not hasattr(component, "select"):
-                continue
+            component = Beside(entry.cls()) if hasattr(entry.cls, "admits") else entry.cls()
             rows.append(measure(entry.name, component, prompts))
             harness.console.print(f"{entry.name}, {size:,} prompts: {rows[-1]['select, ms']:.2f} ms")
     harness.finish(result(rows), args.json)

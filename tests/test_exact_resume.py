@@ -45,6 +45,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "steer exact": {"name": "steer", "omega": "exact", "shape": "linear"},
     "clip_cov": {"name": "clip_cov", "share": 0.2, "low": 0.1},
     "kl_cov": {"name": "kl_cov", "share": 0.2},
+    "shuffled": {"name": "shuffled", "of": {"name": "steer"}},
 }
 
 

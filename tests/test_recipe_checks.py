@@ -301,6 +301,7 @@ def test_clip_cov_beside_a_loss_that_clips_elsewhere_is_told(tmp_path):
         "1: 'clip_cov' takes tokens as clipped at distances 1 and 1, and algorithm.policy_loss clips"
     )
     assert "clips at 0.2 and 0.28" in said and said.endswith("set clip_low: 0.2, clip_high: 0.28 here")
+    assert len(advised(path, "{name: shuffled, of: clip_cov}", twice)) == 1
     for low, high in ((0.2, 0.2), (0.1, 0.28)):
         assert len(advised(path, f"{{name: clip_cov, clip_low: {low}, clip_high: {high}}}", twice)) == 1
     assert advised(path, "{name: clip_cov, clip_low: 0.2, clip_high: 0.28}", twice) == []
@@ -318,6 +319,8 @@ def test_controls_for_advantages_of_unit_scale_are_told_of_others(tmp_path, adva
     assert steer.startswith("0: 'steer' has its floor for advantages of about unit scale, and")
     assert f"'{name}' leaves them on that of the rewards" in steer and steer.endswith("set floor for that scale")
     assert clip_cov.startswith("1: 'clip_cov' has its low and high for") and "set low and high for" in clip_cov
+    (said,) = advised(path, "{name: shuffled, of: steer}", plain)
+    assert said.startswith("0: 'shuffled' has its floor for")
     adapted = "{name: steer, floor: 0.01}, {name: steer, shape: linear}, {name: clip_cov, low: 0.1}"
     assert advised(path, adapted, plain) == []
     assert advised(path, "steer, clip_cov", plain, "weighting=normalise_then_sum") == [], "it whitens the sum"

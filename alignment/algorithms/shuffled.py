@@ -45,6 +45,11 @@ class Shuffled:
         """Whether the other one does nothing in the first update of a batch."""
         return getattr(self.of, "several_updates", False)
 
+    @property
+    def unit_scale(self) -> tuple[str, ...]:
+        """Options of the other one that presume it."""
+        return getattr(self.of, "unit_scale", ())
+
     def prepare(self, state: Any, minibatch: Batch) -> Tensor | None:
         weight_BT = self.of.prepare(state, minibatch)
         return None if weight_BT is None else dealt(weight_BT, minibatch)

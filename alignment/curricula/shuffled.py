@@ -22,10 +22,10 @@ class Shuffled:
     of: Annotated[Curriculum, component(curricula), option("the filter, such as difficulty_filter")]
 
     def __post_init__(self) -> None:
-        if not hasattr(self.of, "keep") or hasattr(self.of, "select") or hasattr(self.of, "replay"):
+        if not hasattr(self.of, "keep") or any(hasattr(self.of, other) for other in ("select", "admits", "replay")):
             raise UserError(
                 f"'{curricula.name_of(self.of)}' is not a filter alone, whose decisions could be shuffled; 'of' takes "
-                "difficulty_filter, or a curriculum of yours with keep and neither select nor replay"
+                "difficulty_filter, or a curriculum of yours with keep and none of select, admits and replay"
             )
 
     @property
