@@ -44,7 +44,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     named = _measure(measure)
     found = f"{primary['mean']:+.4f} {_span(primary)}; at least {primary['minimum_effect']:g} was claimed."
     lines = [f"**Verdict: {results['verdict']}.** {primary['arm']} over {primary['against']}, {named}: {found}"]
-    lines += ["", f"![Accuracy over {measure['over']}]({results['study']}.png)", ""]
+    lines += [
+        "",
+        f"![{'Reward' if measure['of'] == 'reward' else 'Accuracy'} over {measure['over']}]({results['study']}.png)",
+        "",
+    ]
     lines += [
         f"| arm | {named} ({primary['level']:.0%}) | last evaluation | steps | generated tokens | FLOP | chosen |"
     ]
@@ -120,14 +124,14 @@ def _about(results: Mapping[str, Any]) -> Sequence[str]:
 def _measure(measure: Mapping[str, Any]) -> str:
     if measure["metric"] == "matched":
         return f"{_score(measure)} where accuracy reaches {measure['accuracy']:g}"
-    if measure["metric"] == "final":
-        return f"{_score(measure)} at the budget"
+    if measure["metric"] in ("final", "after_peak"):
+        return f"{_score(measure)} at the budget{', less its peak' if measure['metric'] == 'after_peak' else ''}"
     return f"mean {_score(measure)} over {measure['over']}"
 
 
 def _score(measure: Mapping[str, Any]) -> str:
     of = "" if measure["problems"] == "*" else f" of {measure['problems']}"
-    return ("accuracy" if measure["pass_at"] == 1 else f"pass@{measure['pass_at']}") + of
+    return (measure["of"] if measure["pass_at"] == 1 else f"pass@{measure['pass_at']}") + of
 
 
 def _asked(gate: Mapping[str, Any]) -> str:
