@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment.runs import truncate_jsonl
+from alignment.score import Tally
 
 if TYPE_CHECKING:
     from alignment.collect import Sealed
@@ -68,12 +69,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The file ``path``, one line per evaluation: ``{"step", "problems": {id: [correct, judged]}}``, counts of
-    samples."""
+    """The file ``path``, one line per evaluation: ``{"step", "problems": {id: [correct, judged, total]}}``, the fields
+    of :class:`~alignment.score.Tally`."""
 
     path: Path
 
-    def append(self, step: int, problems: Mapping[str, tuple[int, int]]) -> None:
+    def append(self, step: int, problems: Mapping[str, Tally]) -> None:
         """Writes what was found of every problem."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "problems": problems}) + "\n")
@@ -82,7 +83,7 @@ class Verdicts:
         """Drops the lines of evaluations after ``step``, which are made again; -1 drops them all."""
         truncate_jsonl(self.path, step)
 
-    def read(self) -> dict[int, dict[str, tuple[int, int]]]:
+    def read(self) -> dict[int, dict[str, Tally]]:
         """The verdicts by step."""
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        return {line["step"]: {id_: (n[0], n[1]) for id_, n in line["problems"].items()} for line in lines}
+        return {line["step"]: {id_: Tally(*found) for id_, found in line["problems"].items()} for line in lines}

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
+from math import fsum, nan
 from statistics import fmean
 
 from alignment.evaluation.statistics import interval
 from alignment.rollouts import Player, play
+from alignment.score import Tally
 from alignment.scoring import Scorer, refuse_failures
 from alignment.types import Group, Prompt, SamplingParams
 
@@ -24,9 +25,8 @@ class Evaluation:
     metrics: Mapping[str, float]
     """Mean of each reward component, completion length in tokens and the truncated share; and the sums
     ``prompt_tokens`` and ``completion_tokens`` over all rollouts."""
-    verdicts: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
-    """By problem: how many samples are correct, and of how many that was judged. A resumed run has none of those that
-    were made before: they are in ``evaluations.jsonl``."""
+    verdicts: Mapping[str, Tally] = field(default_factory=dict, repr=False)
+    """By problem. A resumed run has none of those that were made before: they are in ``evaluations.jsonl``."""
 
     def flat(self) -> dict[str, float]:
         """As metrics by name."""
@@ -75,5 +75,11 @@ def summarise_evaluation(groups: Sequence[Group]) -> Evaluation:
         problems=len(accuracies),
         unscored=len(rollouts) - len(scored),
         metrics=dict(sorted(metrics.items())),
-        verdicts={g.prompt.id: (sum(verdicts), len(verdicts)) for g, verdicts in zip(groups, judged, strict=True)},
+        verdicts={g.prompt.id: _tally(g) for g in groups},
     )
+
+
+def _tally(group: Group) -> Tally:
+    judged = [r for r in group.rollouts if r.scored and r.correct is not None]
+    values = [next(iter(r.scores.values())).value or 0.0 for r in judged]
+    return Tally(sum(bool(r.correct) for r in judged), len(judged), fsum(values))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import comb, prod, sqrt
+from math import comb, log, prod, sqrt
 from statistics import NormalDist, fmean
 
 import numpy as np
@@ -69,6 +69,32 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if n - correct < k:
         return 1.0
     return 1.0 - prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
+
+
+def best_of_n(proxy: Sequence[float], score: Sequence[float], n: int) -> float:
+    """Expected score of the sample that a proxy likes best among ``n``, drawn without replacement from all N of them.
+
+    ``sum_{i=n..N} C(i-1, n-1) / C(N, n) score_(i)``, with (i) the i-th in ascending order of the proxy: the unbiased
+    estimator of "Reward Model Ensembles Help Mitigate Overoptimization" (arXiv 2310.02743; its code says that it uses
+    one, the formula is from memory). Among samples that the proxy likes equally, each is as likely to be taken.
+
+    Raises:
+        ValueError: Not ``1 <= n <= N``, or not as many scores of both kinds.
+    """
+    _check(len(proxy), 0, n)
+    _, place_N, count_U = np.unique(np.asarray(proxy, dtype=np.float64), return_inverse=True, return_counts=True)
+    even_U = np.bincount(place_N, np.asarray(score, dtype=np.float64)) / count_U
+    upper_U, total = np.cumsum(count_U), len(proxy)
+    # All n lie among the lowest m with probability C(m, n) / C(N, n) = prod_{j=m+1..N} (j - n) / j.
+    steps_N = np.arange(total, 0, -1, dtype=np.float64)
+    below_N = np.concatenate([np.cumprod(np.maximum(steps_N - n, 0) / steps_N)[::-1], [1.0]])
+    return float(np.diff(below_N[np.concatenate([[0], upper_U])]) @ even_U)
+
+
+def best_of_n_kl(n: int) -> float:
+    """``log n - (n - 1) / n`` nats: how far the best of ``n`` samples is from a sample (from memory, as the paper has
+    it; an upper bound where samples may be alike)."""
+    return log(n) - (n - 1) / n
 
 
 def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:

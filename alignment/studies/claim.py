@@ -50,8 +50,11 @@ class WarmUp(Section):
 class Measure(Section):
     """What a run is worth: one number for each held-out problem."""
 
-    metric: Literal["area", "final", "matched"] = "area"
-    """The mean over the cost from 0 to the budget, what is reached at the budget, or what there is at ``accuracy``."""
+    metric: Literal["area", "final", "matched", "after_peak"] = "area"
+    """The mean over the cost from 0 to the budget, what is reached at the budget, what there is at ``accuracy``, or
+    what is reached at the budget less what there was at the run's best evaluation."""
+    of: Literal["accuracy", "reward"] = "accuracy"
+    """Of a problem's samples: how many the first reward calls correct, or the mean of that reward."""
     accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of all held-out problems: where ``matched`` compares runs, the first time that they reach it."""
     problems: Text = "*"
@@ -66,7 +69,7 @@ class Contrast(Section):
     arm: Label
     against: Label
     minimum_effect: float
-    """In the unit of the measure, a share of problems; below 0 it is a margin."""
+    """In the unit of the measure, a share of problems or the first reward's; below 0 it is a margin."""
 
 
 class Gate(Section):
@@ -217,6 +220,11 @@ def _conflicts(claim: Claim) -> list[tuple[Place, str]]:
         found.append((("budget",), "takes exactly one of flops, tokens and steps"))
     if (claim.measure.metric == "matched") != (claim.measure.accuracy is not None):
         found.append((("measure",), "metric: matched and accuracy go together"))
+    if claim.measure.of == "reward" and claim.measure.pass_at > 1:
+        found.append((("measure", "pass_at"), "counts correct samples, and of: reward has none: leave it out"))
+    if claim.measure.metric == "after_peak" and claim.tune:
+        found.append((("tune",), "would choose what loses least after its peak, as what never learns does: leave it "
+                      "out, and give all arms what pilots on other seeds found"))  # fmt: skip
     for i, gate in enumerate(claim.gate):
         if gate.at_least is None and gate.at_most is None:
             found.append((("gate", i), "needs at_least, at_most or both"))

@@ -12,6 +12,7 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.evaluation.statistics import pass_at_k
 from alignment.ledger import Verdicts
+from alignment.score import Tally
 from alignment.studies.claim import Gate, Measure
 from alignment.studies.cost import Cost, Sizes, Unit, costs
 
@@ -32,15 +33,22 @@ def spent(lines: Sequence[Mapping[str, Any]], sizes: Mapping[str, Sizes] | None,
 
 
 def weights(x: Sequence[float], budget: float, measure: Measure) -> np.ndarray:
-    """What each evaluation counts, so that a weighted sum is the measure; they add up to 1.
+    """What each evaluation counts, so that a weighted sum is the mean over the cost or the value at the budget.
 
     Between two evaluations accuracy is taken to go straight, before the first to be the first one. ``area`` is the
-    mean over the cost from 0 to ``budget``, ``final`` the value at ``budget``.
+    mean over the cost from 0 to ``budget``, ``final`` and ``after_peak`` the value at ``budget``. They add up to 1.
     """
     units = np.eye(len(x))
-    at = np.array([budget]) if measure.metric == "final" else np.unique([0.0, budget, *(v for v in x if v < budget)])
+    ends = measure.metric in ("final", "after_peak")
+    at = np.array([budget]) if ends else np.unique([0.0, budget, *(v for v in x if v < budget)])
     values = np.array([np.interp(at, x, unit) for unit in units])
-    return values[:, 0] if measure.metric == "final" else np.asarray(np.trapezoid(values, at, axis=1)) / budget
+    return values[:, 0] if ends else np.asarray(np.trapezoid(values, at, axis=1)) / budget
+
+
+def peak(x: Sequence[float], score: Sequence[float], budget: float) -> np.ndarray:
+    """1 for the evaluation with the highest score up to the budget, the first of equal ones, and 0 for the others."""
+    inside = [i for i, cost in enumerate(x) if cost <= budget] or [0]
+    return np.eye(len(x))[max(inside, key=lambda i: score[i])]
 
 
 def crossing(accuracy: Sequence[float], level: float) -> np.ndarray:
@@ -75,21 +83,28 @@ def measured(
     at = costs(read_lines(run), sizes)
     steps = sorted(verdicts)
     need = measure.pass_at
-    judged = [id_ for id_ in verdicts[steps[0]] if all(verdicts[step][id_][1] >= need for step in steps)]
+    judged = [id_ for id_ in verdicts[steps[0]] if all(verdicts[step][id_].judged >= need for step in steps)]
     ids = [id_ for id_ in judged if fnmatchcase(id_, measure.problems)]
     if not ids:
         raise UserError(f"measure.problems: no held-out problem matches '{measure.problems}' (ids: {judged[:3]})")
-    accuracy = [fmean(c / n for c, n in (verdicts[s][id_] for id_ in judged)) for s in steps]
-    score_EP = np.array([[pass_at_k(n, c, need) for c, n in (verdicts[s][id_] for id_ in ids)] for s in steps])
+    accuracy = [fmean(verdicts[s][id_].correct / verdicts[s][id_].judged for id_ in judged) for s in steps]
+    score_EP = np.array([[_score(verdicts[s][id_], measure) for id_ in ids] for s in steps])
     x = [getattr(at.get(step, Cost()), unit) for step in steps]
-    if measure.accuracy is None:
-        weight_E = weights(x, budget or max(x[-1], 1.0), measure)
-    else:
-        weight_E = crossing(accuracy, measure.accuracy)
+    end = budget or max(x[-1], 1.0)
+    weight_E = weights(x, end, measure) if measure.accuracy is None else crossing(accuracy, measure.accuracy)
+    if measure.metric == "after_peak":
+        weight_E = weight_E - peak(x, score_EP.mean(1), end)
     curve = [[s, at[s].flops, at[s].tokens, float(row.mean())] for s, row in zip(steps, score_EP, strict=True)]
     problems = dict(zip(ids, (round(float(v), 6) for v in weight_E @ score_EP), strict=True))
     return {"problems": problems, "unjudged": len(verdicts[steps[0]]) - len(judged), "curve": curve,
             "best_accuracy": max(accuracy)}  # fmt: skip
+
+
+def _score(found: Tally, measure: Measure) -> float:
+    """Of one problem in one evaluation."""
+    if measure.of == "reward":
+        return found.total / found.judged
+    return pass_at_k(found.judged, found.correct, measure.pass_at)
 
 
 def gate_value(lines: Sequence[Mapping[str, Any]], gate: Gate, scores: Sequence[float] = ()) -> float:

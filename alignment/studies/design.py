@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignment.errors import UserError
-from alignment.recipe import Recipe, Stage, load
+from alignment.recipe import Recipe, RewardModelStage, Stage, load
 from alignment.recipe_sections import JsonlSink
 from alignment.recipe_tree import Mark, Place, Problem, RecipeError
+from alignment.reward_registry import RewardSpec
 from alignment.studies.claim import Claim, ReadClaim
 from alignment.studies.cost import Sizes, sizes_of
 from alignment.studies.sources import sources
@@ -122,10 +123,23 @@ class Study:
             stages = tuple(self._short(stage, offset + i) for i, stage in enumerate(stages))
         own = {"name": task.run, "output": str(self.runs), "seed": task.seed, "sinks": (JsonlSink(),)}
         run = recipe.run.model_copy(update=own | {"flight_steps": 0, "rollouts_every": 0, "keep_last": 1})
-        changes: dict[str, Any] = {"run": run, "stages": stages}
+        changes: dict[str, Any] = {"run": run, "stages": stages, "rewards": self._rewards(recipe, task)}
         if task.kind == "warm-up":  # nothing is made of its evaluations
             changes["evaluation"] = recipe.evaluation.model_copy(update={"every": 0})
         return recipe.model_copy(update=changes)
+
+    def _rewards(self, recipe: Recipe, task: Task) -> tuple[RewardSpec, ...]:
+        """Arms find the reward models that their warm-up trains in its run; in the warm-up itself they are left out,
+        unless it samples."""
+        first = self.claim.warm_up.stages if self.claim.warm_up else 0
+        warm_up = recipe.stages[:first]
+        trained = {stage.name for stage in warm_up if isinstance(stage, RewardModelStage)}
+        own = [spec for spec in recipe.reward_specs if _stage_of(spec) in trained]
+        if task.kind == "warm-up":
+            asked = any(stage.samples for stage in warm_up)
+            return tuple(spec for spec in recipe.reward_specs if asked or spec not in own)
+        run = self.runs / replace(task, kind="warm-up").run
+        return tuple(spec.located(recipe.folder, run) if spec in own else spec for spec in recipe.reward_specs)
 
     def start(self, task: Task) -> str | None:
         """The run whose policy a run begins from."""
@@ -202,6 +216,12 @@ class Study:
             raise RecipeError(_remarked(error.problems, marks)) from None
 
 
+def _stage_of(spec: RewardSpec) -> str | None:
+    """The stage of its own run that trains what a reward asks."""
+    own = getattr(spec.function, "path", None) is None
+    return getattr(spec.function, "stage", None) if own else None
+
+
 def _remarked(problems: Sequence[Problem], marks: Mapping[str, Mark]) -> list[Problem]:
     """The problems with the lines of the claim in place of the overrides that were made of them."""
     return [replace(p, mark=marks.get(p.mark.source, p.mark)) for p in problems]
@@ -213,4 +233,5 @@ def _shared(recipe: Recipe, stages: int) -> dict[str, Any]:
     found = {"model": whole["model"], "data.eval": whole["data"]["eval"], "evaluation": whole["evaluation"]}
     found["the first reward"] = whole["rewards"][0]
     warm = {f"stages.{i}": stage for i, stage in enumerate(whole["stages"][:stages])}
-    return found | ({"data.demonstrations": whole["data"]["demonstrations"], **warm} if stages else {})
+    learned = {f"data.{name}": whole["data"][name] for name in ("demonstrations", "preferences")}
+    return found | ({**learned, **warm} if stages else {})

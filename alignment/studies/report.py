@@ -118,14 +118,14 @@ def _about(results: Mapping[str, Any]) -> Sequence[str]:
 def _measure(measure: Mapping[str, Any]) -> str:
     if measure["metric"] == "matched":
         return f"{_score(measure)} where accuracy reaches {measure['accuracy']:g}"
-    if measure["metric"] == "final":
-        return f"{_score(measure)} at the budget"
+    if measure["metric"] in ("final", "after_peak"):
+        return f"{_score(measure)} at the budget{', less its peak' if measure['metric'] == 'after_peak' else ''}"
     return f"mean {_score(measure)} over {measure['over']}"
 
 
 def _score(measure: Mapping[str, Any]) -> str:
     of = "" if measure["problems"] == "*" else f" of {measure['problems']}"
-    return ("accuracy" if measure["pass_at"] == 1 else f"pass@{measure['pass_at']}") + of
+    return (measure["of"] if measure["pass_at"] == 1 else f"pass@{measure['pass_at']}") + of
 
 
 def _control(control: Mapping[str, Any]) -> str:

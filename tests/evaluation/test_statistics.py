@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from alignment.evaluation import statistics
 from alignment.evaluation.forgetting import average_accuracy, forgetting_measure
-from alignment.evaluation.statistics import compare, interval, maj_at_k, pass_at_k, powers_of_two, sign_flip_p, wilson
+from alignment.evaluation.statistics import (
+    best_of_n,
+    best_of_n_kl,
+    compare,
+    interval,
+    maj_at_k,
+    pass_at_k,
+    powers_of_two,
+    sign_flip_p,
+    wilson,
+)
 
 A, B, C = "12", "7", "x"
 
@@ -49,6 +59,25 @@ def test_pass_at_k_identities(n, data):
     assert all(a <= b + 1e-12 for a, b in zip(values, values[1:], strict=False))
     for k, value in enumerate(values, 1):
         assert value == pytest.approx(1 - comb(n - c, k) / comb(n, k))
+
+
+def test_best_of_n_by_hand():
+    proxy, gold = [1.0, 2.0, 3.0], [0.3, 0.9, 0.6]
+    assert best_of_n(proxy, gold, 1) == pytest.approx(fmean(gold))
+    assert best_of_n(proxy, gold, 3) == pytest.approx(0.6)
+    assert best_of_n(proxy, gold, 2) == pytest.approx(0.9 / 3 + 2 * 0.6 / 3)
+    assert best_of_n(range(2048), range(2048), 1024) == pytest.approx(2049 * 1024 / 1025 - 1), "no overflow"
+    assert best_of_n_kl(1) == 0 and best_of_n_kl(1024) == pytest.approx(5.9324, abs=1e-4)
+    with pytest.raises(ValueError, match="k must be 1 to n"):
+        best_of_n(proxy, gold, 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1)), min_size=1, max_size=7), st.data())
+def test_best_of_n_against_every_subset(samples, data):
+    n = data.draw(st.integers(1, len(samples)))
+    best = [[g for p, g in chosen if p == max(chosen)[0]] for chosen in combinations(samples, n)]
+    proxy, gold = zip(*samples, strict=True)
+    assert best_of_n(proxy, gold, n) == pytest.approx(fmean(map(fmean, best)))
 
 
 def test_pass_at_k_is_unbiased():

@@ -57,7 +57,9 @@ def test_a_run_with_a_critic_and_a_reference_logs_every_pass(tmp_path):
     [first, *_] = [line for line in lines if line["kind"] == "eval"]
     verdicts = Verdicts(tmp_path / "runs" / "tiny" / "evaluations.jsonl")
     assert first["prompt_tokens"] == 4 * 6 and len(verdicts.read()[0]) == 6
-    assert first["accuracy"] == sum(right / judged for right, judged in verdicts.read()[0].values()) / 6
+    found = verdicts.read()[0].values()
+    assert first["accuracy"] == sum(tally.correct / tally.judged for tally in found) / 6
+    assert first["reward/exact_match"] == sum(tally.total for tally in found) / sum(tally.judged for tally in found)
     saved = json.loads(next((tmp_path / "runs" / "tiny" / "checkpoints").rglob("manifest.json")).read_text())
     assert all(not found["verdicts"] for found in saved["meta"]["evaluations"].values())
     verdicts.rewind(-1)

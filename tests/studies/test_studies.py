@@ -1,21 +1,29 @@
 """Claims, costs, measures, intervals and verdicts of studies."""
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 from torch import nn
 
 from alignment.architectures import Shape
+from alignment.ledger import Verdicts
 from alignment.models import load_model
 from alignment.recipe import load
 from alignment.recipe_tree import RecipeError
+from alignment.score import Tally
 from alignment.studies.claim import Gate, Measure, read_claim
 from alignment.studies.cost import Sizes, costs, flops, linear_weights, sizes_of
-from alignment.studies.curve import crossing, gate_value, weights
-from alignment.studies.design import Study
+from alignment.studies.curve import crossing, gate_value, measured, peak, weights
+from alignment.studies.design import Study, Task
 from alignment.studies.judge import paired
 from alignment.studies.statistics import bootstrap_interval, seed_interval, student, word
 from tests.studies.small import write_claim
-from tests.tiny import write
+from tests.tiny import SUMS, write
+
+EVALUATION = {"kind": "eval", "step": 0, "stage": "rl", "prompt_tokens": 4, "completion_tokens": 6}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,8 @@ def test_gates_read_metrics():
         ({"gate": [{"arm": "plain", "metric": "accuracy"}]}, "needs at_least, at_most or both"),
         ({"arms": {"bonus": {"set": {"stages.1.learner.lr": 1}}}}, "is in tune.grid"),
         ({"budget": {"steps": "two"}}, r"budget.steps: expected a number"),
+        ({"measure": {"of": "reward", "pass_at": 2}}, r"measure.pass_at: counts correct samples"),
+        ({"measure": {"metric": "after_peak"}}, r"tune: would choose what loses least"),
     ],
 )
 def test_mistakes_in_a_claim_are_told_with_their_line(tmp_path, change, told):
@@ -196,3 +206,37 @@ def test_matched_weighs_the_two_evaluations_around_the_first_crossing():
     assert crossing([0.2, 0.4, 0.8, 0.1, 0.9], 0.5) == pytest.approx([0, 0.75, 0.25, 0, 0])
     assert crossing([0.6, 0.4], 0.5) == pytest.approx([1, 0]) and crossing([0.2, 0.5], 0.5) == pytest.approx([0, 1])
     assert crossing([0.1, 0.2], 0.5) == pytest.approx([0, 0])
+
+
+def test_after_peak_is_what_is_left_of_the_best_evaluation(tmp_path):
+    assert peak([0, 1, 2, 3], [0.2, 0.6, 0.6, 0.9], 2).tolist() == [0, 1, 0, 0]  # the last is beyond the budget
+    scores = {0: (0.2, 0.4), 1: (0.9, 0.5), 2: (0.3, 0.7)}  # in the mean 0.3, 0.7, 0.5
+    verdicts = Verdicts(tmp_path / "evaluations.jsonl")
+    for step, values in scores.items():
+        verdicts.append(step, {f"p{i}": Tally(0, 4, 4 * value) for i, value in enumerate(values)})
+    lines = [{"kind": "train", "step": step, "stage": "rl", "completion_tokens": 5} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [EVALUATION, *lines]))
+    row = measured(tmp_path, None, "steps", 2, Measure(metric="after_peak", of="reward"))
+    assert row["problems"] == {"p0": pytest.approx(-0.6), "p1": pytest.approx(0.2)}
+    assert [at[3] for at in row["curve"]] == pytest.approx([0.3, 0.7, 0.5])
+    never = measured(tmp_path, None, "steps", 1, Measure(metric="after_peak", of="reward"))
+    assert never["problems"] == {"p0": 0, "p1": 0}
+
+
+def test_arms_find_the_reward_models_of_their_warm_up(tmp_path):
+    models = [{"name": "reward_model", "stage": "rm", "as": "one"}, {"name": "reward_model", "path": "x", "as": "two"}]
+    change = {"rewards": ["exact_match", *models], "data": {"preferences": SUMS | {"split": "train", "pairs": True}}}
+    recipe = write(tmp_path, change)
+    data = YAML().load(recipe)
+    data["stages"][0] = {"stage": "reward_model", "name": "rm", "steps": 1}
+    YAML().dump(data, recipe)
+
+    def study(change: dict[str, Any]) -> Study:
+        return Study(read_claim(write_claim(tmp_path / "claim", {"recipe": str(recipe), **change})), tmp_path)
+
+    warm_up, arm = (study({}).recipe(Task(kind, "plain", 0, 7)) for kind in ("warm-up", "report"))
+    assert [spec.column for spec in warm_up.reward_specs] == ["exact_match", "two"]
+    found = {spec.column: getattr(spec.function, "path", None) for spec in arm.reward_specs[1:]}
+    assert found == {"one": str(tmp_path / "runs" / "warm-up.7"), "two": "x"}
+    with pytest.raises(RecipeError, match=r"changes data.preferences, which all arms share"):
+        study({"arms": {"bonus": {"set": {"data.preferences.size": 2}}}}).check()
