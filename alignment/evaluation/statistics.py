@@ -75,8 +75,8 @@ def best_of_n(proxy: Sequence[float], score: Sequence[float], n: int) -> float:
     """Expected score of the sample that a proxy likes best among ``n``, drawn without replacement from all N of them.
 
     ``sum_{i=n..N} C(i-1, n-1) / C(N, n) score_(i)``, with (i) the i-th in ascending order of the proxy: the unbiased
-    estimator of "Reward Model Ensembles Help Mitigate Overoptimization" (arXiv 2310.02743; its code says that it uses
-    one, the formula is from memory). Among samples that the proxy likes equally, each is as likely to be taken.
+    estimator of "Reward Model Ensembles Help Mitigate Overoptimization" (arXiv 2310.02743; its authors say that they
+    use one, the formula is from memory). Among samples that the proxy likes equally, each is as likely to be taken.
 
     Raises:
         ValueError: Not ``1 <= n <= N``, or not as many scores of both kinds.
@@ -92,8 +92,9 @@ def best_of_n(proxy: Sequence[float], score: Sequence[float], n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """``log n - (n - 1) / n`` nats: how far the best of ``n`` samples is from a sample (from memory, as the paper has
-    it; an upper bound where samples may be alike)."""
+    """``log n - (n - 1) / n`` nats, how far the best of ``n`` samples is from one (arXiv 2310.02743, from memory); an
+    upper bound where samples may be alike (Theoretical guarantees on the best-of-n alignment policy, arXiv
+    2401.01879, from memory)."""
     return log(n) - (n - 1) / n
 
 
