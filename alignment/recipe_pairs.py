@@ -88,9 +88,10 @@ def _merging_conflicts(recipe: "Recipe", here: Place) -> Iterator[Conflict]:
         if not getattr(stage.learner, "merges_adapters", False):
             message = "does not take a model that adapters were merged into (merge): use 'torch', or a run of its own"
             yield Conflict((*place, "learner"), message, (here,))
-        if "adapter" in (getattr(stage.sampler, "lora", None), getattr(stage.transport, "form", None)):
-            message = "'adapter' leaves the model below as it was, and merging changes it (merge): use 'merged'"
-            yield Conflict((*place, "sampler"), message, (here, (*place, "transport")))
+        for name, key in (("sampler", "lora"), ("transport", "form")):
+            if getattr(getattr(stage, name), key, None) == "adapter":
+                message = "'adapter' leaves the model below as it was, and merging changes it (merge): use 'merged'"
+                yield Conflict((*place, name, key), message, (here,))
 
 
 def reward_model_conflicts(recipe: "Recipe", stage: "RewardModelStage", place: Place) -> Iterator[Conflict]:

@@ -7,6 +7,7 @@ candidate outside the bounds is judged at the nearest point inside.
 """
 
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ def search(
         iterations: Of the search, at most; each takes one or two runs, one that shrinks takes N more.
         start: N + 1 points, each of N numbers in the order of ``bounds``; None: drawn uniformly within them.
         tolerance: The search ends when the deviation of the values over the N + 1 best points is below it.
-        near: Points are one candidate if no number of them is this far apart.
+        near: Points are one candidate if no number of them is this far apart, as a share of the width of its bounds.
         overrides: ``a.b=c`` texts, for instance fewer steps than the recipe has.
         init_from: ``RUN[@step|@best]`` whose policy every candidate starts from.
         sinks: More places for the metrics of all runs.
@@ -81,13 +82,14 @@ def search(
             is of another recipe.
         Stopped: By Ctrl-C or SIGTERM; the run under way was saved.
     """
-    if not bounds or not all(low < high for low, high in bounds.values()):
-        raise UserError(f"bounds are pairs (low, high) with low < high, by key; not {dict(bounds)}")
+    _check_bounds(bounds)
     paths = [recipe] if isinstance(recipe, str | Path) else list(recipe)
     trials = _Trials(paths, overrides, bounds, metric, near, init_from, sinks)
     first = _drawn(bounds, trials.lowest.run.seed) if start is None else start
     if [len(point) for point in first] != [len(bounds)] * (len(bounds) + 1):
         raise UserError(f"start needs {len(bounds) + 1} points of {len(bounds)} numbers, in the order of bounds")
+    if outside := [p for p in first if any(not a <= x <= b for x, (a, b) in zip(p, bounds.values(), strict=True))]:
+        raise UserError(f"start: {tuple(outside[0])} lies outside the bounds; give points inside, or wider bounds")
     nelder_mead(lambda p: -trials.value(p), first, iterations=iterations, tolerance=tolerance, near=0.0)
     return sorted(trials.judged.values(), key=lambda candidate: -candidate.value)
 
@@ -134,8 +136,9 @@ class _Trials:
         own = self.lowest.run
         while (run := Run(Path(own.output) / _name(own.name, len(self.known)))).recipe.exists():
             self.known.append(self._point(run))
-        pairs = [list(zip(point, other, strict=True)) for other in self.known]
-        near = (i for i, pair in enumerate(pairs) if all(a == b or abs(a - b) < self.near for a, b in pair))
+        widths = [high - low for low, high in self.bounds.values()]
+        pairs = [list(zip(point, other, widths, strict=True)) for other in self.known]
+        near = (i for i, pair in enumerate(pairs) if all(a == b or abs(a - b) < self.near * w for a, b, w in pair))
         number = next(near, len(self.known))
         return number, [*self.known, point][number]
 
@@ -154,6 +157,18 @@ class _Trials:
         sinks = recipe.run.sinks if recipe.wants("jsonl") else (*recipe.run.sinks, JsonlSink())
         own = {"name": _name(recipe.run.name, number), "sinks": sinks}
         return recipe.model_copy(update={"run": recipe.run.model_copy(update=own)})
+
+
+def _check_bounds(bounds: Any) -> None:
+    """Raises:
+    UserError: They are not pairs of finite numbers.
+    """
+    fine = isinstance(bounds, Mapping) and bool(bounds)
+    for pair in bounds.values() if fine else ():
+        numbers = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
+        fine = fine and numbers and -math.inf < pair[0] < pair[1] < math.inf
+    if not fine:
+        raise UserError(f"bounds are pairs (low, high) of finite numbers with low < high, by key; not {bounds}")
 
 
 def _drawn(bounds: Bounds, seed: int) -> list[list[float]]:

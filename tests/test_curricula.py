@@ -173,12 +173,15 @@ def test_a_shuffled_filter_drops_as_much_as_the_other_and_not_the_same():
     agree = sum(a == b for a, b in zip(kept, wanted, strict=True)) / n
     assert abs(agree - 5 / 9) < 5 * math.sqrt(20 / 81 / n), "by chance alone"
     assert kept == [filter_.keep(json.loads(json.dumps(state)), g) for g in groups]
-    assert filter_.observe(state, signals([])) == state
+    hopeless = [group(0.0, 0.0, uid=i) for i in range(4)]
+    assert filter_.observe(state, signals([])) == state == filter_.observe(state, signals(hopeless))
 
 
 def test_only_a_filter_can_be_shuffled():
     with pytest.raises(UserError, match="'uniform' is not a filter alone"):
         Shuffled(of=Uniform())
+    with pytest.raises(UserError, match="'shuffled' is not a filter alone"):
+        Shuffled(of=Shuffled(of=DifficultyFilter()))
     with pytest.raises(UserError, match="'sample_buffer' is not a filter alone"):
         Shuffled(of=SampleBuffer())
 

@@ -413,6 +413,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bandit and buffer": {"curricula": [{"name": "self_evolving", "by": ["level", "task"]}, SHORT, "sample_buffer"]},
     "levels and tracker": {"curricula": [{"name": "level_schedule", "window": 2, "threshold": 0.1}, "thompson"]},
     "bandit and instances": {"curricula": [{"name": "self_evolving"}, {"name": "instance_filter", "rollouts": 4}]},
+    "shuffled filter": {"curricula": ["uniform", {"name": "shuffled", "of": SHORT}]},
     "instances and model": {
         "curricula": [{"name": "instance_filter", "rollouts": 4}, {"name": "prompt_curriculum", "oversample": 2}],
         "prompt_value": {"name": "model", "lr": 1e-2},

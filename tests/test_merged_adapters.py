@@ -1,8 +1,6 @@
 """Iterative preference learning with LoRA: between rounds an adapter becomes part of the model, and another begins."""
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,9 +17,8 @@ from alignment.engines.policy_goal import PolicyGoal
 from alignment.engines.torch_learner import TorchLearner
 from alignment.errors import UserError
 from alignment.export import export
-from alignment.preference import _merge
 from alignment.recipe import load
-from alignment.types import Batch, TrainState
+from alignment.types import Batch
 from tests.engines.helpers import learner_of, lora, make_batch, tiny
 from tests.test_preference import SAMPLED, given, recipe, sampled, trained
 from tests.test_train import Recorder, contents, lines
@@ -113,17 +110,6 @@ def test_a_weight_of_two_layers_is_refused():
         merge_adapter(module, 0)
 
 
-def test_engines_with_weights_of_their_own_get_the_merged_ones():
-    """Rounding makes them slightly other ones than those before; where nothing was merged they have them already."""
-    state = TrainState(step=3, stage_step=2)
-    for merged, published in ((True, None), (False, 3)):
-        learner, asked = SimpleNamespace(), list[int]()
-        learner.merge_adapter = lambda number, asked=asked, merged=merged: asked.append(number) or merged
-        job: Any = SimpleNamespace(engines=SimpleNamespace(learner=learner, published=3))
-        _merge(job, state)
-        assert job.engines.published == published and asked == [2]
-
-
 def test_an_adapter_alone_is_no_longer_the_policy():
     module = lora()
     merge_adapter(module, 0)
@@ -195,7 +181,11 @@ def test_it_is_exported_whole(tmp_path):
     [
         ({}, {}, r"stages.0.reference: merge adds a LoRA adapter to the model: give model.lora"),
         (LORA, {"learner": "deepspeed", "cluster": "ray"}, "stages.0.learner: does not take a model that adapters"),
-        (LORA, {"sampler": {"name": "vllm", "lora": "adapter"}}, "stages.0.sampler: 'adapter' leaves the model below"),
+        (
+            LORA,
+            {"sampler": {"name": "vllm", "lora": "adapter"}},
+            "stages.0.sampler.lora: 'adapter' leaves the model",
+        ),
         (LORA, {"losses": ["bco"]}, "stages.0.reference: 'bco' compares rewards with earlier ones"),
     ],
 )

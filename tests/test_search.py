@@ -58,12 +58,13 @@ def trained(monkeypatch):
 def test_it_takes_the_steps_of_nelder_mead(tmp_path, trained):
     cache: Any = []
     found = nelder_mead(bowl, CORNERS, iterations=8, cache=cache)
-    candidates = search(recipe(tmp_path), dict.fromkeys(BOUNDS, (-2.0, 2.0)), iterations=8, start=CORNERS)
+    given: dict[str, Any] = {"iterations": 8, "start": CORNERS, "near": 5e-3 / 4}
+    candidates = search(recipe(tmp_path), dict.fromkeys(BOUNDS, (-2.0, 2.0)), **given)
     assert trained == [point for point, _ in cache] and len(candidates) == found.evaluations == 13
     assert list(candidates[0].settings) == list(BOUNDS) and list(candidates[0].settings.values()) == found.point
     assert [c.value for c in candidates] == sorted((1 - value for _, value in cache), reverse=True)
     assert {c.folder.name for c in candidates} == {f"tiny.candidate-{i}" for i in range(13)}
-    again = search(recipe(tmp_path), dict.fromkeys(BOUNDS, (-2.0, 2.0)), iterations=8, start=CORNERS)
+    again = search(recipe(tmp_path), dict.fromkeys(BOUNDS, (-2.0, 2.0)), **given)
     assert again == candidates and len(trained) == 13, "the folders are its memory"
 
 
@@ -75,6 +76,12 @@ def test_what_is_close_to_a_run_that_is_there_is_not_trained(tmp_path, trained):
     assert len(trained) == 3 and again == first
     search(path, BOUNDS, iterations=0, start=[(0.006, 0.004), (0.996, 0.0), (0.0, 1.0)])
     assert trained[3:] == [[0.006, 0.004]]
+
+
+def test_what_is_close_hangs_on_the_width_of_the_bounds(tmp_path, trained):
+    bounds = {f"{HERE}.low": (0.0, 1e-3), f"{HERE}.even": (0.0, 1.0)}
+    search(recipe(tmp_path), bounds, iterations=0, start=[(0.0, 0.0), (1e-5, 0.0), (4e-6, 0.0)])
+    assert trained == [[0.0, 0.0], [1e-5, 0.0]]
 
 
 def test_it_starts_within_the_bounds_and_stays_there(tmp_path, trained):
@@ -121,6 +128,9 @@ def test_a_search_that_was_stopped_goes_on_with_the_run_that_was_under_way(tmp_p
     ("change", "said"),
     [
         ({"bounds": {}}, r"low < high, by key; not {}"),
+        ({"bounds": {f"{HERE}.low": 0.5}}, "bounds are pairs"),
+        ({"bounds": {f"{HERE}.low": (0.1, float("inf"))}}, "of finite numbers"),
+        ({"start": [(0.0, 0.0), (2.0, 0.0), (0.0, 1.0)]}, r"start: \(2.0, 0.0\) lies outside the bounds"),
         ({"bounds": {f"{HERE}.low": (0.5, 0.5)}}, "low < high, by key; not .*: [(]0.5, 0.5[)]"),
         ({"start": CORNERS[:2]}, "start needs 3 points of 2 numbers"),
         ({"overrides": ["data.eval=null"]}, "has no data.eval"),

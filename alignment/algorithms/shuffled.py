@@ -22,14 +22,15 @@ class Shuffled:
     chance. What an arm with this attains does not come from what the other control looks at. The order is keyed by
     (seed, step, rollout, token), the same in any split; tokens of demonstrations keep what they were given.
 
-    A bonus gives every token the same coefficient, and of a control with a state the state would still be fed what is
-    true: both are refused.
+    A bonus gives every token the same coefficient, and a control with a state would still be fed what is true: both are
+    refused.
     """
 
     of: Annotated[EntropyControl, component(entropy_controls), option("the control: steer, clip_cov or the like")]
 
     def __post_init__(self) -> None:
-        if hasattr(self.of, "observe") or getattr(self.of, "entropy_gradient", False):
+        kept = hasattr(self.of, "init") or hasattr(self.of, "observe")
+        if kept or getattr(self.of, "entropy_gradient", False) or isinstance(self.of, Shuffled):
             raise UserError(
                 f"'{entropy_controls.name_of(self.of)}' does not pick tokens, so there is nothing to shuffle; 'of' "
                 "takes steer, clip_cov, kl_cov, high_entropy, or a control of yours that weighs or marks tokens"

@@ -95,7 +95,7 @@ class _Guarded:
                 names = ", ".join(f"'{curricula.name_of(c)}'" for c in self.chosen if hasattr(c, "admits"))
                 raise UserError(
                     f"curricula: {names} left out the last {refused} prompts that were drawn, of {len(prompts)}: "
-                    "give the model prompts that it sometimes solves, or let them in again with recheck_every"
+                    "give the model prompts that it sometimes solves, or let them in again (sooner) with recheck_every"
                 )
         return found, state
 

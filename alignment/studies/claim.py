@@ -1,6 +1,7 @@
 """The claim of a study: what a user writes down before anything is measured."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -209,6 +210,8 @@ def _conflicts(claim: Claim) -> list[tuple[Place, str]]:
             name not in claim.compared and place[-1] != "arm" or (place[0] != "controls" and name not in claim.compared)
         ):
             found.append((place, f"'{name}' is a control that equals another arm, and is not measured"))
+    twice = [name for name, count in Counter(c.arm for c in claim.controls).items() if count > 1]
+    found += [(("controls",), f"'{name}' is in two of them; give each an arm of its own") for name in twice]
     for i, control in enumerate(claim.controls):
         if (control.equals is None) == (control.no_better_than is None):
             found.append((("controls", i), "takes exactly one of equals and no_better_than"))

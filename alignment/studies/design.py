@@ -83,8 +83,9 @@ class Study:
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """SHA-256 of the recipe and of what it brings of its own, by path from there."""
-        return sources(self.read.recipe, self._loaded("", 0))
+        """SHA-256 of the recipe and of what the arms bring of their own, by path from there."""
+        self.described()  # loads what is to be hashed
+        return sources(self.read.recipe)
 
     def warm_ups(self) -> list[Task]:
         """One for each seed, if there is a warm-up."""

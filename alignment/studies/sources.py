@@ -4,22 +4,25 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
-from alignment.recipe import Recipe
+OURS = {"alignment", "rewards", "launch"}
 
 
-def sources(recipe_file: Path, recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the recipe, and of the modules of plugins and rewards that stand beside it, by path from there."""
+def sources(recipe_file: Path) -> dict[str, str]:
+    """SHA-256 of the recipe, and of all modules beside it that its arms have loaded, by path from there."""
     beside = recipe_file.resolve().parent
-    named = [*recipe.plugins, *(spec.function for spec in recipe.reward_specs if isinstance(spec.function, str))]
-    files = {recipe_file.resolve(), *(path for name in named for path in _files(name) if beside in path.parents)}
+    files = {recipe_file.resolve()}
+    for name, module in [*sys.modules.items()]:
+        if "." not in name and name not in OURS:
+            files |= {path for path in _files(module, beside)}
     return {str(path.relative_to(beside)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
-def _files(module: str) -> Iterator[Path]:
-    """Of a module, which is loaded, all files of the package that it is in."""
-    root = sys.modules.get(module.partition(".")[0])
-    if root is not None and hasattr(root, "__path__"):
-        yield from (path.resolve() for folder in root.__path__ for path in Path(folder).rglob("*.py"))
-    elif root is not None and root.__file__ is not None:
-        yield Path(root.__file__).resolve()
+def _files(module: ModuleType, beside: Path) -> Iterator[Path]:
+    """Of a module in the folder ``beside``, its file, or all files of a package."""
+    if hasattr(module, "__path__"):
+        folders = [Path(folder).resolve() for folder in module.__path__]
+        yield from (path for folder in folders if folder.parent == beside for path in folder.rglob("*.py"))
+    elif getattr(module, "__file__", None) and (path := Path(str(module.__file__)).resolve()).parent == beside:
+        yield path

@@ -1,8 +1,10 @@
 """The parts that the study of ensembles brings, and what its scripts compute."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -60,6 +62,24 @@ def test_gold_at_a_level_of_kl_is_read_where_it_is_first_reached():
     rows = [(0, 0.0, 0.4), (10, 1.0, 0.6), (20, 3.0, 0.8), (30, 2.0, 0.1), (40, 5.0, 0.0)]
     assert script.at_level(rows, 2.0) == pytest.approx(0.7)
     assert script.at_level(rows, 9.0) is None
-    found = script.described("single", [rows, rows])
+    found = script.described("worst", [rows, rows], [rows, [(0, 0.0, 0.4), (10, 4.0, 0.0)]])
+    assert found["over_single_at_4"] == {
+        "seeds": 2,
+        "mean": pytest.approx(1 / 60),
+        "deviation": pytest.approx(2**0.5 / 60),
+    }
     assert (found["peak"], found["end"], found["kl_of_peak"], found["kl_of_end"]) == pytest.approx((0.8, 0.0, 3.0, 5.0))
     assert found["at_4"] == {"seeds": 2, "gold": pytest.approx(0.1 * 1 / 3)}
+
+
+def test_the_tables_of_the_page_are_those_of_the_files():
+    script, page = module("against_kl"), (FOLDER.parents[2] / "docs/studies/ensembles.md").read_text(encoding="utf-8")
+    for arm in json.loads((FOLDER / "against_kl.json").read_text(encoding="utf-8")):
+        assert script.row(arm) in page
+    best = json.loads((FOLDER / "best_of_n.json").read_text(encoding="utf-8"))
+    for share in (0.0, 0.25):
+        rows = [row for row in best["rows"] if row["flipped"] == share]
+        assert len(rows) == 4
+        for arm in ("single", "mean", "worst", "uncertainty", "large"):
+            cells = " | ".join(f"{fmean(row[arm][i] for row in rows):.3f}" for i in range(len(best["about"]["n"])))
+            assert f"| {share:.0%} | {arm} | {cells} |" in page

@@ -147,6 +147,10 @@ def test_gates_read_metrics():
         ),
         ({"primary": {"against": "bonus"}}, "cannot be compared with itself"),
         ({"primary": {"arm": "zero"}}, "'zero' is a control"),
+        (
+            {"controls": [{"arm": "zero", "equals": "plain"}, {"arm": "zero", "no_better_than": "plain"}]},
+            "'zero' is in two of them",
+        ),
         ({"controls": [{"arm": "zero"}]}, "exactly one of equals and no_better_than"),
         ({"controls": [{"arm": "zero", "equals": "plain", "no_better_than": "plain"}]}, "exactly one of equals"),
         ({"controls": [{"arm": "plain", "no_better_than": "plain"}]}, "cannot be compared with itself"),

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,19 @@ def at_level(rows: Sequence[tuple[int, float, float]], level: float) -> float | 
     return None
 
 
-def described(arm: str, curves: Sequence[Sequence[tuple[int, float, float]]]) -> dict[str, Any]:
-    """Means over seeds of one arm."""
+Curve = Sequence[tuple[int, float, float]]
+
+
+def over(curves: Sequence[Curve], others: Sequence[Curve], level: float) -> dict[str, float] | None:
+    """How far one arm is above another at ``level``: mean and deviation over the seeds of which both get there; None of
+    fewer than two."""
+    pairs = [(at_level(a, level), at_level(b, level)) for a, b in zip(curves, others, strict=True)]
+    found = [a - b for a, b in pairs if a is not None and b is not None]
+    return {"seeds": len(found), "mean": fmean(found), "deviation": stdev(found)} if len(found) > 1 else None
+
+
+def described(arm: str, curves: Sequence[Curve], single: Sequence[Curve]) -> dict[str, Any]:
+    """Means over seeds of one arm, and how far it is above the single model's."""
     peaks = [max(rows, key=lambda row: row[2]) for rows in curves]
     found: dict[str, Any] = {
         "arm": arm,
@@ -59,8 +70,17 @@ def described(arm: str, curves: Sequence[Sequence[tuple[int, float, float]]]) ->
     for level in LEVELS:
         golds = [gold for rows in curves if (gold := at_level(rows, level)) is not None]
         found[f"at_{level:g}"] = {"seeds": len(golds), "gold": fmean(golds) if golds else None}
+        found[f"over_single_at_{level:g}"] = over(curves, single, level)
     mean = np.mean([[row[1:] for row in rows] for rows in curves], axis=0)
     return found | {"curve": [[round(float(v), 4) for v in row] for row in mean]}
+
+
+def row(arm: dict[str, Any]) -> str:
+    """The arm's line in the page's table."""
+    ends = [f"{arm[name]:.3f} | {arm[f'kl_of_{name}']:.1f}" for name in ("peak", "end")]
+    told = [f"{of['mean']:+.3f} ± {of['deviation']:.3f} ({of['seeds']})" for of in
+            (arm[f"over_single_at_{level:g}"] for level in LEVELS)]  # fmt: skip
+    return f"| {arm['arm']} | " + " | ".join([*ends, *(["" for _ in told] if arm["arm"] == "single" else told)]) + " |"
 
 
 def plot(arms: Sequence[dict[str, Any]], path: Path) -> None:
@@ -85,7 +105,8 @@ def plot(arms: Sequence[dict[str, Any]], path: Path) -> None:
 def main(runs: Path, out: Path, figure: Path) -> None:
     """Writes table and plot."""
     claim = read_claim(HERE / "claim.yaml").claim
-    arms = [described(arm, [curve(runs / f"{arm}.0.{seed}") for seed in claim.report_seeds]) for arm in claim.compared]
+    curves = {arm: [curve(runs / f"{arm}.0.{seed}") for seed in claim.report_seeds] for arm in claim.compared}
+    arms = [described(arm, own, curves["single"]) for arm, own in curves.items()]
     out.write_text("[\n " + ",\n ".join(json.dumps(arm) for arm in arms) + "\n]\n", encoding="utf-8")
     plot(arms, figure)
     for arm in arms:
