@@ -422,6 +422,15 @@ def test_workers_are_reused_and_replaced_when_they_died_idle(scorer: Callable[..
         assert scored.rollouts[0].reward != runs[0]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_close_and_errors_leave_no_process(scorer: Callable[..., Scorer], lab: Path) -> None:
     before = children()
     with scorer("reward", workers=2) as it:
@@ -437,6 +446,7 @@ def test_close_and_errors_leave_no_process(scorer: Callable[..., Scorer], lab: P
     assert gone(sorted(children() - before), 1.0)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_score_leaves_a_scorer_that_works(scorer: Callable[..., Scorer]) -> None:
     with scorer("reward", timeout_s=60.0) as it:
         it.check()
