@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from alignment.algorithms.preferences import preference_losses
 from alignment.algorithms.reward_losses import reward_losses
 from alignment.data.load import LoadedData
+from alignment.data.sides import LABEL
 from alignment.errors import UserError
 from alignment.recipe import PreferenceStage, Recipe, RewardModelStage
 from alignment.types import Group, Prompt
@@ -40,6 +41,8 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None
                 _refuse_single(stage, f"'{preference_losses.name_of(loss)}'", data)
             if getattr(loss, "scores", False) and not stage.samples:
                 _refuse_unscored(stage, preference_losses.name_of(loss), data)
+            if getattr(loss, "of", None) == "chosen" and not stage.samples:
+                _refuse_unwanted(stage, preference_losses.name_of(loss), data)
         if stage.guided:
             _refuse_unguided(stage, data)
             for shown in data.demonstrations.values():
@@ -101,6 +104,14 @@ def _refuse_unscored(stage: Paired, loss: str, data: LoadedData) -> None:
                 f"stage {stage.name!r}: '{loss}' needs a score of each side, which the pair {row} lacks: give the rows "
                 f"'chosen_score' and 'rejected_score', or sample pairs (pairs: best_worst)"
             )
+
+
+def _refuse_unwanted(stage: PreferenceStage, loss: str, data: LoadedData) -> None:
+    if not any(len(pair.rollouts) > 1 or pair.prompt.row[LABEL] for pair in data.preferences):
+        raise UserError(
+            f"stage {stage.name!r}: '{loss}' raises the likelihood of completions that were wanted, and every row of "
+            f"data.preferences has {LABEL}: false: give rows with {LABEL}: true, or take '{loss}' out of losses"
+        )
 
 
 def _refuse_unguided(stage: PreferenceStage, data: LoadedData) -> None:

@@ -80,6 +80,7 @@ def test_what_the_rows_become(folder):
     assert first(openrlhf, "demonstrations", 1)["completion"] == "2"
     dialogues = with_data(folder, PARTS[3])
     assert [len(first(dialogues, "demonstrations", i)["completion"]) for i in range(2)] == [3, 3]
+    assert first(openrlhf, "preferences", 2) == {"prompt": "3+3?", "completion": "6", "label": True}
     pair = first(openrlhf, "preferences")
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (
         [{"role": "user", "content": "Hi"}],

@@ -275,6 +275,14 @@ def test_pairs_may_stand_beside_them(tmp_path):
         trained(labelled(tmp_path, rows=rows, losses=["dpo"]), fresh_start=True)
 
 
+def test_a_likelihood_of_what_was_wanted_asks_for_a_row_that_was(tmp_path):
+    losses = ["kto", {"name": "nll", "weight": 0.1}]
+    unwanted = [row for row in LABELLED if not row["label"]]
+    with pytest.raises(UserError, match=r"'nll' raises .* every row of data.preferences has label: false"):
+        trained(labelled(tmp_path, rows=unwanted, losses=losses))
+    assert trained(labelled(tmp_path, losses=losses, steps=1), fresh_start=True)["status"] == "complete"
+
+
 def rollout(name: str, reward: float | None, tokens=(1, 2)) -> Rollout:
     scores = {} if reward is None else {"r": Score(reward)}
     return Rollout(

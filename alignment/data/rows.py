@@ -74,7 +74,7 @@ class Columns:
     def _renamed(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         taken: dict[str, str] = {}
         for ours, candidates in LAYOUTS[self.layout].items():
-            there = [c for c in candidates if lookup(raw, c) is not _MISSING]
+            there = [c for c in candidates if lookup(raw, c) is not _MISSING and not _is_judgement(raw, c)]
             if there and ours not in self.field_map:
                 taken[ours] = next((c for c in there if lookup(raw, c) is not None), there[-1])
         taken |= self.field_map
@@ -130,6 +130,11 @@ def shown(bad: Sequence[str], most: int = SHOWN_BAD_ROWS) -> str:
     """The first of ``bad``, one in a line, and how many more there are."""
     more = [f"and {len(bad) - most} more"] if len(bad) > most else []
     return "\n".join([*bad[:most], *more])
+
+
+def _is_judgement(raw: Mapping[str, Any], column: str) -> bool:
+    """OpenRLHF calls two things label: the answer to a prompt, and whether a completion was wanted."""
+    return column == "label" and isinstance(raw[column], bool)
 
 
 def lookup(row: Mapping[str, Any], path: str) -> Any:
