@@ -4,13 +4,21 @@ Training with an adapter leaves the weights below it as they were loaded, so che
 adapter has been merged that is no longer so, and the model says it: :func:`merged_names`.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignment.errors import UserError
+
+Whole = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
+"""Inside, parameters that are kept in parts are whole, and what is written to them stays."""
+
+
+def _as_they_are(_parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def merged_weights(module: Any) -> dict[str, Tensor]:
@@ -33,7 +41,7 @@ def merged_weights(module: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merge_adapter(module: Any, seed: int) -> bool:
+def merge_adapter(module: Any, seed: int, whole: Whole = _as_they_are) -> bool:
     """Adds the adapter to the weights below it, as :func:`merged_weights` does, and begins it anew, doing nothing.
 
     An adapter that does nothing yet is left as it is. Global random state is not changed.
@@ -41,6 +49,7 @@ def merge_adapter(module: Any, seed: int) -> bool:
     Args:
         module: A ``PeftModel``, changed in place.
         seed: Of the new adapter's random weights.
+        whole: For parameters that several processes hold in parts: one layer's are whole at a time.
 
     Returns:
         Whether there was anything to add.
@@ -50,24 +59,33 @@ def merge_adapter(module: Any, seed: int) -> bool:
     """
     layers = dict(_layers(module))
     _refuse_shared(module, layers)
-    if is_fresh(module):
+    if is_fresh(module, whole):
         return False
     devices = [p.device for p in module.parameters() if p.is_cuda][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for layer in layers.values():
             weight = layer.get_base_layer().weight
-            weight.copy_(_sum(layer, weight, module.active_adapter))
-            layer.reset_lora_parameters(module.active_adapter, True)
-    mark_merged(module, [f"{name}.base_layer.weight" for name in layers])
+            with whole([weight, *(p for name, p in layer.named_parameters() if "lora_" in name)]):
+                weight.copy_(_sum(layer, weight, module.active_adapter))
+                layer.reset_lora_parameters(module.active_adapter, True)
+    mark_merged(module, adapted_names(module))
     return True
 
 
-def is_fresh(module: nn.Module) -> bool:
+def adapted_names(module: nn.Module) -> list[str]:
+    """The weights below the adapter that it changes."""
+    return [f"{name}.base_layer.weight" for name, _ in _layers(module)]
+
+
+def is_fresh(module: nn.Module, whole: Whole = _as_they_are) -> bool:
     """Whether there is an adapter and it does nothing yet, so that the policy of now is the model without it."""
     zero_at_first = ("lora_B", "lora_embedding_A")
     parameters = [p for n, p in module.named_parameters() if p.requires_grad and any(z in n for z in zero_at_first)]
-    return hasattr(module, "disable_adapter") and not any(p.any() for p in parameters)
+    if not hasattr(module, "disable_adapter"):
+        return False
+    with whole(parameters):
+        return not any(p.any() for p in parameters)
 
 
 def merged_names(module: nn.Module) -> frozenset[str]:

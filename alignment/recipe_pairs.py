@@ -85,9 +85,6 @@ def _merging_conflicts(recipe: "Recipe", here: Place) -> Iterator[Conflict]:
         yield Conflict(here, message, (("model", "lora"),))
     for index in range(int(here[1]), len(recipe.stages)):
         stage, place = recipe.stages[index], ("stages", index)
-        if not getattr(stage.learner, "merges_adapters", False):
-            message = "does not take a model that adapters were merged into (merge): use 'torch', or a run of its own"
-            yield Conflict((*place, "learner"), message, (here,))
         for name, key in (("sampler", "lora"), ("transport", "form")):
             if getattr(getattr(stage, name), key, None) == "adapter":
                 message = "'adapter' leaves the model below as it was, and merging changes it (merge): use 'merged'"

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from alignment.adapters import is_fresh, merged_names
+from alignment.adapters import is_fresh, merge_adapter, merged_names
 from alignment.engines.cpu import checkpoint_contexts, float32_attention
 from alignment.engines.learner_config import LearnerOptions, TorchLearnerConfig
 from alignment.engines.logprobs import LogProbs
@@ -84,6 +84,10 @@ class Backend(Protocol):
 
     def distance(self, kept: Kept) -> float:
         """Euclidean, from what :meth:`keep` kept to the weights that the model computes with now."""
+        ...
+
+    def merge_adapter(self, seed: int) -> bool:
+        """As :func:`alignment.adapters.merge_adapter`. Moments of the adapter that is gone are left as they are."""
         ...
 
     def fingerprint(self) -> str:
@@ -182,6 +186,9 @@ class OneProcess:
 
     def distance(self, kept: Kept) -> float:
         return math.sqrt(float(squared_distance(policy_only(self.trained), kept)))
+
+    def merge_adapter(self, seed: int) -> bool:
+        return merge_adapter(self.module, seed)
 
     def fingerprint(self) -> str:
         return digest(weights_of(self.module))

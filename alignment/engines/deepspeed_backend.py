@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from alignment.adapters import is_fresh, merged_names
+from alignment.adapters import adapted_names, is_fresh, merge_adapter, merged_names
 from alignment.algorithms.objective import combine
 from alignment.engines.backend import (
     Backend,
@@ -40,12 +40,12 @@ from alignment.engines.deepspeed_zero import (
     give_back_whole_weights,
     in_parts,
     prepare_deepspeed,
+    rewritten,
     shape_of,
     shards_replaced,
 )
 from alignment.engines.logprobs import Entropy, LogProbs
 from alignment.engines.optimizer import HEAD, Slot, adamw_over
-from alignment.errors import UserError
 from alignment.partition import Cost, Share
 from alignment.tensorfile import digest, read_tensors, weights_of, write_tensors
 from alignment.types import Batch
@@ -63,22 +63,19 @@ class ZeroBackend:
 
     Raises:
         ValueError: Nothing in ``module`` requires a gradient.
-        UserError: Adapters were merged into ``module``: only a whole base can be split over ranks again.
     """
 
     def __init__(
         self, module: nn.Module, config: DeepSpeedLearnerConfig, head: nn.Module | None = None, plain: bool = False
     ) -> None:
         assert dist.get_world_size() == config.ranks, f"{dist.get_world_size()} processes for {config.ranks} ranks"
-        if merged_names(module):
-            raise UserError(
-                "learner deepspeed: adapters were merged into the model, and its checkpoints hold an adapter alone: "
-                "export it merged, and name that folder as model.path"
-            )
         self.module, self.config, self.stage, self.head = module.eval(), config, config.zero_stage, head
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self.trained, self.fresh_adapter = trained_of(module, head), is_fresh(module)
+        # Both now: later the weights are cast and in parts.
+        below = adapted_names(module) if hasattr(module, "disable_adapter") else []
         self._frozen = frozen_digest(module, self.trained)
+        self._frozen_merged = frozen_digest(module, {*self.trained, *below}) if below else self._frozen
         if config.dtype == "float32":
             cast(module, torch.float32)
         self.dtypes = {name: tensor.dtype for name, tensor in weights_of(module).items()}
@@ -171,6 +168,16 @@ class ZeroBackend:
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         yield from policy_only(self.trained).items()
 
+    def merge_adapter(self, seed: int) -> bool:
+        if self.stage == 3:
+            give_back_whole_weights(self.engine)
+        if not merge_adapter(self.module, seed, rewritten):
+            return False
+        for part in self.fragments():
+            if "lora_" in part.name:
+                part.master.copy_(part.weight)
+        return True
+
     def fingerprint(self) -> str:
         whole = _Whole(weights_of(self.module))
         if self.share.rank == 0:
@@ -183,7 +190,7 @@ class ZeroBackend:
         return found[0]
 
     def frozen(self) -> str:
-        return self._frozen
+        return self._frozen_merged if merged_names(self.module) else self._frozen
 
     # Persistence
 
@@ -216,7 +223,8 @@ class ZeroBackend:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name, tensor in own.items():
                 if self.stage < 3 or name not in self.trained:
-                    tensor.detach().copy_(file.get_tensor(name))
+                    with rewritten([tensor]):
+                        tensor.detach().copy_(file.get_tensor(name))
                 if (part := parts.get(name)) is not None:
                     flat = file.get_tensor(name).view(-1)[part.start : part.start + part.size]
                     part.weight.copy_(flat)

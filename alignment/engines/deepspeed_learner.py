@@ -189,6 +189,10 @@ class DeepSpeedLearner:
         """
         self._ask("refresh_reference", share)
 
+    def merge_adapter(self, number: int) -> bool:
+        """As :meth:`alignment.engines.policy_learner.PolicyLearner.merge_adapter`."""
+        return self._ask("merge_adapter", number)[0]
+
     def save(self, folder: Path) -> None:
         """Every rank writes its part to ``folder``, which all of them have to see, and the first what is whole."""
         self._ask("save", folder.absolute())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from alignment.engines.deepspeed_backend import ZeroBackend
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_zero import gathered
-from alignment.engines.outgoing import Form, buckets
+from alignment.engines.outgoing import Form, buckets, refuse_merged
 from alignment.engines.policy_learner import PolicyLearner
 from alignment.engines.roles import RoleSpec
 from alignment.engines.value_roles import shared_head
@@ -73,9 +73,12 @@ class DeepSpeedRank(PolicyLearner):
 
         Raises:
             ValueError: There is no adapter to send.
+            UserError: It is asked for alone, and earlier ones were merged into the base.
         """
         if form == "adapter" and not self.has_adapter:
             raise ValueError("the model has no LoRA adapter to send; send whole weights (form: merged)")
+        if form == "adapter":
+            refuse_merged(self.module)
         return buckets(self._adapter() if form == "adapter" else self._whole(), bucket_bytes)
 
     @torch.no_grad()

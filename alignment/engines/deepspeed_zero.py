@@ -168,6 +168,15 @@ def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 
+def rewritten(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Inside, ``parameters`` are whole, and what the first rank makes of them stays; every rank has to enter.
+
+    The optimizer's float32 values of them do not follow.
+    """
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0) if sharded else nullcontext()
+
+
 def give_back_whole_weights(engine: Any) -> None:
     """At stage 3: those that are still gathered on this rank are forgotten, so that a change of its parts is seen.
 

@@ -166,8 +166,6 @@ class TorchLearnerConfig(LearnerOptions):
     device: Annotated[Literal["auto", "cpu", "cuda"], option("where the policy lives; auto: cuda if available")] = (
         "auto"
     )
-    merges_adapters: ClassVar[bool] = True
-    """Its learner has ``merge_adapter``."""
     masks_tokens: ClassVar[bool] = True
     """Its learner takes preferences with masks of tokens."""
 

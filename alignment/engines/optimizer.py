@@ -63,6 +63,8 @@ class StepCounts:
     updates: int = 0
     """Those that took a step: one whose steps were all skipped holds the schedule."""
     steps: int = 0
+    steps_before_moments: int = 0
+    """Those that were taken before the moments began: others were in their place until an adapter was merged."""
     skipped: int = 0
     skipped_in_a_row: int = 0
 
@@ -96,7 +98,7 @@ class Stepper(Protocol):
         ...
 
     def restore(self, stem: Path, steps: int) -> None:
-        """Takes back what :meth:`save` wrote after ``steps`` steps."""
+        """Takes back what :meth:`save` wrote after ``steps`` steps with these moments."""
         ...
 
 
@@ -230,7 +232,7 @@ class Slot:
             UserError: The moments are of other parameters, or of other shapes.
         """
         self.counts = StepCounts(**counts)
-        self.stepper.restore(stem, self.counts.steps)
+        self.stepper.restore(stem, self.counts.steps - self.counts.steps_before_moments)
 
 
 __all__ = ["AdamW", "Slot", "StepCounts", "Stepper", "Tried", "adamw_over", "lr_at"]

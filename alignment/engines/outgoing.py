@@ -27,11 +27,7 @@ def outgoing(module: nn.Module, form: Form) -> Iterator[tuple[str, Tensor]]:
     if form == "adapter":
         if not adapted:
             raise ValueError("the model has no LoRA adapter to send; send whole weights (form: merged)")
-        if merged_names(module):
-            raise UserError(
-                "earlier adapters were merged into the model, so the adapter alone is not the policy: set "
-                "transport.form and sampler.lora to 'merged'"
-            )
+        refuse_merged(module)
         from peft import get_peft_model_state_dict
 
         named = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -44,6 +40,15 @@ def outgoing(module: nn.Module, form: Form) -> Iterator[tuple[str, Tensor]]:
             continue
         sent.add(place)
         yield name, tensor.detach()
+
+
+def refuse_merged(module: nn.Module) -> None:
+    """Raises UserError where the adapter alone is not the policy."""
+    if merged_names(module):
+        raise UserError(
+            "earlier adapters were merged into the model, so the adapter alone is not the policy: set transport.form "
+            "and sampler.lora to 'merged'"
+        )
 
 
 def buckets(named: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[dict[str, Tensor]]:

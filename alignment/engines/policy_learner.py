@@ -153,6 +153,29 @@ class PolicyLearner:
         with self.backend.using(self.reference):
             yield
 
+    def merge_adapter(self, number: int) -> bool:
+        """Adds the LoRA adapter to the weights below it for good and begins it anew: a round of iterative training.
+
+        The reference is the model without the new adapter from then on, so no copy of it is kept. Moments were those of
+        the adapter that is gone, and begin anew; the schedule of the learning rate goes on. An adapter that does
+        nothing yet is left as it is, with its moments.
+
+        Args:
+            number: Of the merge, which with the learner's seed determines the new adapter's weights.
+
+        Returns:
+            Whether there was anything to add.
+
+        Raises:
+            UserError: A weight below the adapter is another layer's as well.
+        """
+        merged = self.backend.merge_adapter(keyed_seed(self.seed, "adapter", number))
+        self.reference = None
+        for name, slot in self.slots.items() if merged else ():
+            self.slots[name] = self.backend.slot(self.total_updates)
+            self.slots[name].counts = replace(slot.counts, steps_before_moments=slot.counts.steps)
+        return merged
+
     # Update
 
     def slot(self, name: str) -> Slot:

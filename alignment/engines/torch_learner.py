@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from alignment.adapters import merge_adapter
 from alignment.engines.backend import OneProcess
 from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.engines.masked_goal import MaskedGoal
@@ -14,7 +13,7 @@ from alignment.engines.policy_learner import MAIN_SLOT, PolicyLearner, PolicyObj
 from alignment.engines.roles import RoleSpec
 from alignment.engines.token_masks import MASKS, MaskRole
 from alignment.engines.value_roles import shared_head
-from alignment.types import Batch, keyed_seed
+from alignment.types import Batch
 
 
 class TorchLearner(PolicyLearner):
@@ -67,29 +66,6 @@ class TorchLearner(PolicyLearner):
         if role is not None and role.slot is not None and metrics["optimizer_steps"]:
             metrics["masks/grad_norm"] = role.slot.step(torch.tensor(metrics["loss"], device=self.device))[1]
         return metrics
-
-    def merge_adapter(self, number: int) -> bool:
-        """Adds the LoRA adapter to the weights below it for good and begins it anew: a round of iterative training.
-
-        The reference is the model without the new adapter from then on, so no copy of it is kept. Moments were those of
-        the adapter that is gone, and begin anew; the schedule of the learning rate goes on. An adapter that does
-        nothing yet is left as it is, with its moments.
-
-        Args:
-            number: Of the merge, which with the learner's seed determines the new adapter's weights.
-
-        Returns:
-            Whether there was anything to add.
-
-        Raises:
-            UserError: A weight below the adapter is another layer's as well.
-        """
-        merged = merge_adapter(self.module, keyed_seed(self.seed, "adapter", number))
-        self.reference = None
-        for name, slot in self.slots.items() if merged else ():
-            self.slots[name] = self.backend.slot(self.total_updates)
-            self.slots[name].counts = slot.counts
-        return merged
 
     def weights(self, bucket_bytes: int, form: Form = "merged") -> Iterator[dict[str, Tensor]]:
         """The policy's weights as they are now, in buckets of at most ``bucket_bytes``; a larger tensor comes alone.

@@ -2,19 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from alignment.algorithms.preference_objective import PreferenceObjective
 from alignment.batching import collate
 from alignment.data.demonstrations import Shown
 from alignment.data.sides import PAIRED, pair_of
+from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
+from alignment.engines.deepspeed_rank import DeepSpeedRank
 from alignment.engines.policy_learner import PolicyLearner
+from alignment.origin import copy_policy
 from alignment.pairings import compared
 from alignment.references import Reference
 from alignment.types import Batch, Group, Prompt
+from tests.engines.helpers import lora
 from tests.engines.rank_checks import rank_of, whole_weights
 
 PAIRS_OF_A_STEP = 5
@@ -69,6 +75,8 @@ def steps_of(case: Case, learner: PolicyLearner) -> tuple[list[dict[str, float]]
         learner.refresh_reference()
     metrics = []
     for step in range(case.steps):
+        if hasattr(case.reference, "merges") and case.reference.merges(step):  # pyright: ignore[reportAttributeAccessIssue]
+            learner.merge_adapter(step)
         batch = learner.annotate(batch_of(case, step), objective.needs)
         metrics.append(learner.update(batch, objective))
         if share := case.reference.share(step + 1):
@@ -84,3 +92,16 @@ def prefer(case: Case, **options: Any) -> tuple[list[dict[str, float]], np.ndarr
     result = *steps_of(case, learner), whole_weights(learner)
     learner.close()
     return result
+
+
+def taken_over(checkpoint: Path, **options: Any) -> str:
+    """The fingerprint of a learner whose model is made from a checkpoint in which adapters were merged, and that after
+    its own adapter was merged, which has to be another."""
+    module = lora()
+    copy_policy(checkpoint, module)
+    config = DeepSpeedLearnerConfig(ranks=dist.get_world_size(), **options)
+    learner = DeepSpeedRank(module, config, 100, 0, reference=True)
+    found = learner.fingerprint()
+    assert learner.merge_adapter(0) and learner.fingerprint() != found
+    learner.close()
+    return found

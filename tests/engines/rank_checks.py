@@ -207,9 +207,13 @@ def run(
     load: Path | None = None,
     save: Path | None = None,
     save_after: int | None = None,
+    merge_before: Sequence[int] = (),
     **options: Any,
 ) -> tuple[list[dict[str, float]], str, str]:
-    """Loads, advances by batches ``steps``, saves after one of them; metrics, the fingerprint then and at the end."""
+    """Loads, advances by batches ``steps``, saves after one of them; metrics, the fingerprint then and at the end.
+
+    Before the steps ``merge_before``, and before saving in their place, the adapter is merged.
+    """
     reference = kind != "fresh"
     settings = {"schedule": "cosine", "warmup_steps": 2, "lr": 1e-2, "micro_batch_tokens": 40}
     learner = rank_of(kind, total=6, reference=reference, **settings, **options)
@@ -217,7 +221,11 @@ def run(
         learner.restore(load)
     metrics, saved = list[dict[str, float]](), ""
     for step in steps:
+        if step in merge_before:
+            learner.merge_adapter(step)
         metrics.append(advance(learner, batches(step + 1)[step]))
+        if step == save_after and step + 1 in merge_before:
+            learner.merge_adapter(step + 1)
         if save is not None and step == save_after:
             saved = learner.fingerprint()
             learner.save(save)
