@@ -139,9 +139,16 @@ ONLINE_DPO: dict[str, Any] = {
 }
 
 
-def test_a_reward_model_judges_pairs_that_vllm_samples_and_two_ranks_learn_from(live_ray, tmp_path):
+MERGING = {
+    "model": {"lora": {"rank": 4, "alpha": 8}},
+    "stages": {1: {"reference": {"merge": True}, "learner": {"zero_stage": 3, "lr": 1e-2}}},
+}
+
+
+@pytest.mark.parametrize("change", [{}, MERGING], ids=["whole", "adapters"])
+def test_a_reward_model_judges_pairs_that_vllm_samples_and_two_ranks_learn_from(live_ray, tmp_path, change):
     """Iterative DPO on a cluster, behind a reward model that was fitted in this process."""
-    result = alignment.train(tiny(tmp_path, ONLINE_DPO))
+    result = alignment.train(tiny(tmp_path, merged(ONLINE_DPO, change)))
     assert result["status"] == "complete"
     steps = [line for line in lines(result["folder"]) if line["kind"] == "train"]
     fitted, preferred = ([line for line in steps if line["stage"] == name] for name in ("rm", "dpo"))
