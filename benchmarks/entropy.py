@@ -11,6 +11,7 @@ judged by the steps.
 
     python benchmarks/entropy.py
     python benchmarks/entropy.py --quick
+    python benchmarks/entropy.py --controls bonus adaptive_bonus --rounds 61  # the intervals are narrower
 """
 
 import time
@@ -76,13 +77,13 @@ def step(learner: TorchLearner, control: Any, sizes: Sizes, number: int) -> floa
     return time.process_time() - start
 
 
-def measure(sizes: Sizes) -> dict[str, list[tuple[float, float, float]]]:
+def measure(sizes: Sizes, controls: Mapping[str, Any]) -> dict[str, list[tuple[float, float, float]]]:
     """Of each control and each round: seconds of the plain step, of that with its passes, and of that with it."""
     config = TorchLearnerConfig(lr=1e-4, micro_batch_tokens=8 * sizes.tokens, device="cpu")
-    learner = TorchLearner(language_model(sizes, sizes.hidden), config, 3 * len(CONTROLS) * (sizes.rounds + 1), 0)
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CONTROLS}
+    learner = TorchLearner(language_model(sizes, sizes.hidden), config, 3 * len(controls) * (sizes.rounds + 1), 0)
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in controls}
     for number in range(sizes.rounds + 1):
-        for name, control in CONTROLS.items():
+        for name, control in controls.items():
             arms = [Passes(), Passes(tuple(needs_of(control))), control]
             seconds = {i: step(learner, arms[i], sizes, number) for i in ((0, 1, 2) if number % 2 else (2, 1, 0))}
             if number:  # the first round warms up
@@ -153,12 +154,14 @@ def main() -> None:
     """Runs the benchmark."""
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--rounds", type=int, metavar="N", help="pairs of each control")
+    parser.add_argument("--controls", nargs="+", choices=[*CONTROLS], default=[*CONTROLS])
     args = parser.parse_args()
     sizes = QUICK if args.quick else FULL
     sizes = Sizes(**{**vars(sizes), "rounds": args.rounds or sizes.rounds})
     bare = median(own_seconds(sizes, Passes()))
-    own = {name: median(own_seconds(sizes, control)) - bare for name, control in CONTROLS.items()}
-    rows = [row(name, rounds, own[name]) for name, rounds in measure(sizes).items()]
+    controls = {name: CONTROLS[name] for name in args.controls}
+    own = {name: median(own_seconds(sizes, control)) - bare for name, control in controls.items()}
+    rows = [row(name, rounds, own[name]) for name, rounds in measure(sizes, controls).items()]
     harness.finish(
         {
             "title": "Entropy controls",

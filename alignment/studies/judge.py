@@ -42,7 +42,9 @@ def results_of(study: Study, cells: Cells, chosen: Mapping[str, int]) -> dict[st
         "claim": claim.claim,
         "claim_sha256": study.read.sha256,
         "sources_sha256": study.sources,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("alignment-rl", "torch", "transformers", "numpy")
+        },
         "seeds": {"tune": list(claim.tune.seeds) if claim.tune else [], "report": list(study.report_seeds)},
         "measure": claim.measure.model_dump() | {"over": claim.unit, "budget": study.budget},
         "primary": claim.primary.model_dump() | effect | {"level": claim.level},
