@@ -57,7 +57,9 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
     while state.stage_step < stage.steps:
         job.stop.check()
         if stage.merges(state.stage_step):
-            _merge(job, state)
+            # The weights with the adapter are the same bits before and after, so samplers need not be told; and a step
+            # that is taken up again finds this done, and does nothing.
+            learner.merge_adapter(state.stage_step)
         pairs, sealed = feed.take(state)
         state = state if sealed is None else sealed.state
         batch, metrics = _update(job, stage, pairs, state, cache) if pairs else (None, {})
@@ -82,15 +84,6 @@ def train_preferences(job: Job, stage: PreferenceStage, state: TrainState) -> Tr
         state = job.finish_step(state.next_step(), metrics | after, sealed)
     feed.close()
     return state
-
-
-def _merge(job: Job, state: TrainState) -> None:
-    """The adapter becomes part of the model. A step that is taken up again finds that done, and does nothing.
-
-    The weights with the adapter are the same bits before and after, so samplers need not be told.
-    """
-    learner: Any = job.engines.learner
-    learner.merge_adapter(state.stage_step)
 
 
 def _update(

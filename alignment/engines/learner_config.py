@@ -70,6 +70,14 @@ class Learner(Protocol):
         """Moves the reference towards the policy, by default the whole way."""
         ...
 
+    def merge_adapter(self, number: int) -> bool:
+        """Makes the LoRA adapter part of the model, which is the reference then, and begins it anew.
+
+        Returns:
+            Whether it did anything yet: if not, it is left as it is.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Writes everything that :meth:`restore` needs for an exact continuation."""
         ...
