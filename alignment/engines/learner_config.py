@@ -168,8 +168,6 @@ class TorchLearnerConfig(LearnerOptions):
     )
     merges_adapters: ClassVar[bool] = True
     """Its learner has ``merge_adapter``."""
-    masks_tokens: ClassVar[bool] = True
-    """Its learner takes preferences with masks of tokens."""
 
     def build(
         self,

@@ -1,7 +1,7 @@
 """AdamW with a schedule, clipping and a guard against numbers that are not finite."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,4 +233,15 @@ class Slot:
         self.stepper.restore(stem, self.counts.steps)
 
 
-__all__ = ["AdamW", "Slot", "StepCounts", "Stepper", "Tried", "adamw_over", "lr_at"]
+def step_metrics(outcomes: Sequence[tuple[float, float, bool]]) -> dict[str, float]:
+    """Of what :meth:`Slot.step` returned: means of ``loss`` and ``grad_norm`` over the steps that were taken, if any
+    were, and ``optimizer_steps`` and ``skipped_steps``."""
+    taken = [(loss, norm) for loss, norm, stepped in outcomes if stepped]
+    found = {"optimizer_steps": float(len(taken)), "skipped_steps": float(len(outcomes) - len(taken))}
+    if taken:
+        found["loss"] = sum(loss for loss, _ in taken) / len(taken)
+        found["grad_norm"] = sum(norm for _, norm in taken) / len(taken)
+    return found
+
+
+__all__ = ["AdamW", "Slot", "StepCounts", "Stepper", "Tried", "adamw_over", "lr_at", "step_metrics"]

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from alignment.algorithms.objective import combine
 from alignment.batching import split_minibatches
 from alignment.engines.backend import Backend, Kept
-from alignment.engines.gradients import accumulate, gram_of
+from alignment.engines.gradients import Part, accumulate, gram_of
 from alignment.engines.learner_config import LearnerOptions
 from alignment.engines.learner_files import restore_learner, save_learner
 from alignment.engines.logprobs import evaluating
-from alignment.engines.optimizer import Slot
+from alignment.engines.masked_goal import goal_of
+from alignment.engines.optimizer import Slot, step_metrics
 from alignment.engines.policy_goal import PASS_NEEDS, PolicyGoal, PolicyObjective, fields_of_pass
 from alignment.engines.roles import Goal, Role, RoleSpec, TrainedRole
 from alignment.engines.value_roles import Roles, prompt_batch
@@ -215,7 +216,7 @@ class PolicyLearner:
             asks (how far the policy's trained weights moved, as the model computes with them), and counts:
             ``optimizer_steps``, ``skipped_steps`` (not finite), ``empty_minibatches`` (nothing to train on, so no
             step), ``fitted_tokens`` (of whole rows, prompts included, that a pass went over and back). A role's are
-            prefixed ``NAME/``.
+            prefixed ``NAME/``; what learns masks of tokens has ``masks/grad_norm``.
 
         Raises:
             FloatingPointError: Too many steps in a row had no finite numbers.
@@ -231,10 +232,12 @@ class PolicyLearner:
         with self._training():
             if objective is not None:
                 head = self.roles.head if slot == MAIN_SLOT else None
-                policy = PolicyGoal(self.backend, objective, self.annotate, own.counts, head)
+                plain = PolicyGoal(self.backend, objective, self.annotate, own.counts, head)
+                policy = goal_of(plain, self._reference_weights, self.roles)
                 before = self.backend.keep() if objective.update_norm else None
+                policy.begin()
                 found = self._fit(slot, policy, policy.loss, batch, own, self.backend, objective.lr_factor)
-                metrics |= {"tokens": 0.0} | found
+                metrics |= {"tokens": 0.0} | found | policy.end(found)
                 if before is not None:
                     metrics["update_norm"] = self.backend.distance(before)
             for name, role in self.roles.items() if slot == MAIN_SLOT else ():
@@ -281,7 +284,7 @@ class PolicyLearner:
         self,
         name: str,
         goal: Goal,
-        loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
+        loss_of: Callable[[Batch], Part],
         batch: Batch,
         slot: Slot,
         backend: Backend,
@@ -305,19 +308,10 @@ class PolicyLearner:
                 outcomes.append(slot.step(loss))
                 if outcomes[-1][2] and parts:
                     sums = combine(sums, parts)
-        taken = [(loss, norm) for loss, norm, stepped in outcomes if stepped]
         sums = self.backend.joined(sums)
         metrics = goal.finish(sums) if sums else {}
-        if taken:
-            metrics["loss"] = sum(loss for loss, _ in taken) / len(taken)
-            metrics["grad_norm"] = sum(norm for _, norm in taken) / len(taken)
-        return metrics | {
-            "lr": slot.lr,
-            "optimizer_steps": float(len(taken)),
-            "skipped_steps": float(len(outcomes) - len(taken)),
-            "empty_minibatches": float(empty),
-            "fitted_tokens": float(fitted),
-        }
+        counts = {"empty_minibatches": float(empty), "fitted_tokens": float(fitted)}
+        return metrics | {"lr": slot.lr} | step_metrics(outcomes) | counts
 
     # Persistence
 
