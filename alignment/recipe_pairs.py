@@ -68,9 +68,6 @@ def _reference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
     if masked and reference == "cached":
         message = f"'cached' has no distributions, which '{preference_losses.name_of(masked[0])}' compares: take 'copy'"
         yield Conflict(here, message, ((*place, "losses"),))
-    if masked and not getattr(stage.learner, "masks_tokens", False):
-        message = f"does not compare distributions, which '{preference_losses.name_of(masked[0])}' does: take 'torch'"
-        yield Conflict((*place, "learner"), message, ((*place, "losses"),))
     if not stage.compares and reference != "copy":
         names = ", ".join(preference_losses.name_of(loss) for loss in stage.losses)
         yield Conflict(here, f"is not looked at by {names}: leave it out", ((*place, "losses"),))

@@ -89,11 +89,13 @@ class PreferenceStage(RolloutStage):
 
     def roles(self, site: Site, objectives: tuple[str, ...]) -> dict[str, RoleSpec | str]:
         """Models beside the policy: those of curricula, and what learns masks of tokens."""
-        from alignment.engines.token_masks import MASKS, MaskRoleSpec
+        from alignment.engines.token_masks import MASKS, MaskRoleSpec, check_inside
 
         roles = super().roles(site, objectives)
         for loss in self.losses:
-            if isinstance(masks := getattr(loss, "token_masks", None), masked_preferences.LearnedMasks):
+            if (masks := getattr(loss, "token_masks", None)) is not None:
+                check_inside(masks, site.model)
+            if isinstance(masks, masked_preferences.LearnedMasks):
                 assert site.model.origin is not None, "a model of a recipe has an origin"
                 roles[MASKS] = MaskRoleSpec(masks, keyed_seed(site.model.origin.seed, MASKS))
         return roles

@@ -14,6 +14,7 @@ import alignment
 from alignment.algorithms.preferences import preference_losses
 from alignment.batching import collate
 from alignment.cli import app
+from alignment.engines.learner_config import TorchLearnerConfig
 from alignment.errors import UserError
 from alignment.pairings import AllPairs, BestWorst, compared
 from alignment.recipe import load
@@ -368,7 +369,6 @@ def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
             {**given(losses=["mapo"], reference="cached")},
             "stages.0.reference: 'cached' has no distributions, which 'mapo'",
         ),
-        ({**given(losses=["mapo"], learner="deepspeed", cluster="ray")}, "stages.0.learner: does not compare distribu"),
         ({**given(losses=["simpo"], reference="cached")}, "stages.0.reference: is not looked at by simpo"),
         ({**SAMPLED, "group_size": 1}, "stages.0.group_size: 1 makes no pair"),
         ({**SAMPLED, "max_staleness": 1}, "stages.0.max_staleness: .*"),
@@ -384,6 +384,30 @@ def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
 def test_a_stage_that_cannot_work_is_refused(tmp_path, stage, message):
     with pytest.raises(UserError, match=message):
         load([recipe(tmp_path, stage, data=TRAIN)])
+
+
+@pytest.mark.parametrize("loss", ["mapo", "sparse_po"])
+def test_masks_of_tokens_go_with_every_learner(tmp_path, loss):
+    for name, changes in (("torch", {}), ("deepspeed", {"cluster": "ray", "sampler": "vllm"})):
+        path = recipe(tmp_path, given(losses=[loss], learner=name, **changes))
+        result = CliRunner().invoke(app, ["check", str(path)])
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("loss", "names", "message"),
+    [
+        ("mapo", "ATTENTION", "Layer: its attention part is not found, and 'mapo' asks for its activations"),
+        ("sparse_po", "LAYERS", "its layers are not found"),
+    ],
+)
+def test_a_model_that_masks_cannot_look_into_is_named_before_there_is_a_learner(
+    tmp_path, monkeypatch, loss, names, message
+):
+    monkeypatch.setattr(TorchLearnerConfig, "build", lambda *_: pytest.fail("there is a learner"))
+    monkeypatch.setattr(f"alignment.engines.activations.{names}", ())
+    with pytest.raises(UserError, match=message):
+        trained(recipe(tmp_path, given(losses=[loss])))
 
 
 def test_pairs_that_do_not_fit_are_refused_with_the_row(tmp_path):

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from alignment.errors import UserError
 
 Kind = Literal["mlp", "attention", "residual"]
+LAYERS = ("layers", "h")
 ATTENTION, MLP = ("self_attn", "attn", "attention"), ("mlp", "feed_forward")
 OUTPUTS = {
     "attention": ("o_proj", "c_proj", "out_proj", "dense"),
     "mlp": ("down_proj", "c_proj", "fc2", "dense_4h_to_h"),
 }
-"""How architectures of transformers call the parts of a layer, and the last matrix of each part."""
+"""How architectures of transformers call their layers, the parts of a layer, and the last matrix of each part."""
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def taken(
     with ExitStack() as stack:
         for layer in _layers(body):
             for kind in kinds:
-                part = layer if kind == "residual" else _output_of(layer, kind)
+                part = _part_of(layer, kind)
 
                 def keep(_module: nn.Module, *seen: Any, into: list[Tensor] = found[kind]) -> None:
                     value = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]
@@ -59,8 +60,19 @@ def layers_of(body: nn.Module) -> int:
     return len(_layers(body))
 
 
+def check_parts(body: nn.Module, kinds: Sequence[Kind]) -> None:
+    """Looks for what :func:`taken` hooks onto.
+
+    Raises:
+        UserError: It is not found.
+    """
+    for layer in _layers(body):
+        for kind in kinds:
+            _part_of(layer, kind)
+
+
 def _layers(body: nn.Module) -> list[nn.Module]:
-    for name in ("layers", "h"):
+    for name in LAYERS:
         if isinstance(layers := getattr(body, name, None), nn.ModuleList):
             return list(layers)
     raise UserError(
@@ -68,8 +80,10 @@ def _layers(body: nn.Module) -> list[nn.Module]:
     )
 
 
-def _output_of(layer: nn.Module, kind: Kind) -> nn.Module:
-    """The last matrix of a part of a layer."""
+def _part_of(layer: nn.Module, kind: Kind) -> nn.Module:
+    """The layer, or the last matrix of a part of it."""
+    if kind == "residual":
+        return layer
     parts = ATTENTION if kind == "attention" else MLP
     part = next((p for name in parts if (p := getattr(layer, name, None)) is not None), None)
     matrix = next((m for name in OUTPUTS[kind] if (m := getattr(part, name, None)) is not None), None)

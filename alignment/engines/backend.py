@@ -39,7 +39,7 @@ class Backend(Protocol):
     """Whether the model had an adapter that did nothing when the learner was made."""
 
     def forward(self, *args: Any) -> Any:
-        """Runs what the backend was made for: :class:`alignment.engines.logprobs.LogProbs` of a policy, or a module."""
+        """Runs what the backend was made for: :meth:`alignment.engines.logprobs.LogProbs.run`, or a module."""
         ...
 
     def beside(self, module: nn.Module, config: Any) -> "Backend":
@@ -51,7 +51,10 @@ class Backend(Protocol):
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradient of this rank's part of the loss; ``last`` is the last before a step."""
+        """Adds the gradient of this rank's part of the loss; ``last`` is the last before a step.
+
+        What is no weight of the backend gets ``share.ranks`` times its gradient.
+        """
         ...
 
     def gradients(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -139,10 +142,9 @@ class OneProcess:
         self.trained, self.fresh_adapter = trained_of(module, self.head), is_fresh(module)
         self.autocast = config.autocast == "bfloat16"
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, self.autocast)
-        self.logprobs: LogProbs | None = None
+        self._forward: Callable[..., Any] = module
         if not plain:
-            self.logprobs = LogProbs(module, config.logits_chunk_mb, self.autocast, self.head, config.packing)
-        self._forward: Callable[..., Any] = self.logprobs or module
+            self._forward = LogProbs(module, config.logits_chunk_mb, self.autocast, self.head, config.packing).run
         self._frozen: tuple[frozenset[str], str] | None = None
 
     def forward(self, *args: Any) -> Any:

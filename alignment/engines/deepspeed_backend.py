@@ -30,6 +30,7 @@ from alignment.engines.backend import (
 )
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_moments import ZeroAdamW, masters, read_pieces, write_pieces
+from alignment.engines.deepspeed_policy import ZeroPolicy
 from alignment.engines.deepspeed_zero import (
     Fragment,
     cast,
@@ -44,11 +45,9 @@ from alignment.engines.deepspeed_zero import (
     shape_of,
     shards_replaced,
 )
-from alignment.engines.logprobs import Entropy, LogProbs
 from alignment.engines.optimizer import HEAD, Slot, adamw_over
 from alignment.partition import Cost, Share
 from alignment.tensorfile import digest, read_tensors, weights_of, write_tensors
-from alignment.types import Batch
 
 
 class ZeroBackend:
@@ -84,7 +83,7 @@ class ZeroBackend:
         """How weights are written: as the model was made, or in float32 if they are trained so."""
         self.share = Share(dist.get_rank(), config.ranks, cost_of(module), packs_of(config, plain))
         checkpoint_gradients(module, config.gradient_checkpointing, self.device, autocast=False)
-        network = module if plain else _Policy(module, config.logits_chunk_mb, head, config.packing)
+        network = module if plain else ZeroPolicy(module, config.logits_chunk_mb, head, config.packing)
         self.adamw = adamw_over(self.trained, config, head_lr_ratio(head))
         prepare_deepspeed()
         options = engine_options(config, list(self.trained.values()))
@@ -262,52 +261,6 @@ class ZeroBackend:
 _CPU = torch.device("cpu")
 
 
-class _Policy(nn.Module):
-    """Log-probabilities as a module, so that DeepSpeed sees where each weight is used."""
-
-    def __init__(self, module: nn.Module, chunk_mb: float, head: nn.Module | None, packing: bool) -> None:
-        super().__init__()
-        self.module, self.head = module, head
-        self.logprobs = _ScoringLogProbs(module, chunk_mb, head, packing)
-        self.scorer = self.logprobs.scorer
-
-    def forward(self, batch: Batch, entropy: Entropy = "none", values: bool = False) -> tuple[Any, ...]:
-        return self.logprobs(batch, entropy, values)
-
-
-class _ScoringLogProbs(LogProbs):
-    """Scores hidden states inside a module that holds the output embeddings: at stage 3 they are whole only there."""
-
-    def __init__(self, module: nn.Module, chunk_mb: float, value_head: nn.Module | None, packing: bool) -> None:
-        super().__init__(module, chunk_mb, value_head=value_head, packing=packing)
-        self._plain_head = super().plain_head  # before DeepSpeed hooks onto it
-        self.scorer = _Scorer(self)
-
-    @property
-    def plain_head(self) -> bool:
-        return self._plain_head
-
-    def score_hidden(
-        self, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
-    ) -> Sequence[tuple[Tensor, Tensor | None]]:
-        return [self.scorer(hidden_NH, token_N, temperature_N, entropy)]
-
-
-class _Scorer(nn.Module):
-    def __init__(self, logprobs: LogProbs) -> None:
-        super().__init__()
-        self.score = super(_ScoringLogProbs, logprobs).score_hidden  # pyright: ignore[reportArgumentType]
-        if logprobs.head is not None and logprobs.plain_head:
-            self.weight = logprobs.head.weight
-
-    def forward(
-        self, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
-    ) -> tuple[Tensor, Tensor | None]:
-        parts = list(self.score(hidden_NH, token_N, temperature_N, entropy))
-        logp_N = torch.cat([logp for logp, _ in parts])
-        return logp_N, None if entropy == "none" else torch.cat([e for _, e in parts if e is not None])
-
-
 class _Whole(Mapping[str, Tensor]):
     """Weights, gathered one by one as they are asked for; every rank has to ask for the same ones in the same order."""
 
@@ -332,9 +285,12 @@ class _Whole(Mapping[str, Tensor]):
 
 def cost_of(module: nn.Module) -> Cost:
     """Multiplications that a row takes: with each weight per token, and in causal attention per pair of tokens."""
-    config: Any = module.config
+    config: Any = getattr(module, "config", None)
+    per_token = sum(p.numel() for p in module.parameters())
+    if config is None:  # it reads what another model puts out
+        return Cost(per_token)
     text = config.get_text_config()
-    return Cost(sum(p.numel() for p in module.parameters()), text.num_hidden_layers * text.hidden_size)
+    return Cost(per_token, text.num_hidden_layers * text.hidden_size)
 
 
 def _float32(path: Path) -> Path:

@@ -190,7 +190,7 @@ class DeepSpeedLearner:
         self._ask("refresh_reference", share)
 
     def merge_adapter(self, number: int) -> bool:
-        """As :meth:`alignment.engines.policy_learner.PolicyLearner.merge_adapter`."""
+        """As :meth:`alignment.engines.learner_config.Learner.merge_adapter`."""
         return self._ask("merge_adapter", number)[0]
 
     def save(self, folder: Path) -> None:

@@ -4,6 +4,7 @@ pull together.
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from alignment.algorithms.objective import combine
 from alignment.engines.backend import Backend, policy_only
 from alignment.types import Batch
 
+Part = tuple[Tensor, dict[str, Tensor], *tuple[Callable[[bool], None], ...]]
+"""A micro-batch's loss, sums for metrics, and what goes backward after that loss has: through models that are not the
+backend's. It is told whether it is the last time before a step."""
+
 
 def accumulate(
-    backend: Backend, loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]], minibatch: Batch, budget: int
+    backend: Backend, loss_of: Callable[[Batch], Part], minibatch: Batch, budget: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradients of a mini-batch, accumulated over this rank's micro-batches of at most ``budget`` tokens.
 
@@ -25,8 +30,9 @@ def accumulate(
     micros = backend.share.micro_batches(minibatch, budget)
     for i, (_, micro) in enumerate(micros):
         with backend.computing():
-            loss, parts = loss_of(micro)
-        backend.backward(loss, last=i == len(micros) - 1)
+            loss, parts, *beyond = loss_of(micro)
+        for backward in (partial(backend.backward, loss), *beyond):
+            backward(i == len(micros) - 1)
         total += loss.detach()
         if parts:
             sums = combine(sums, parts)

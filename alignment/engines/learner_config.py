@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -71,10 +71,20 @@ class Learner(Protocol):
         ...
 
     def merge_adapter(self, number: int) -> bool:
-        """Makes the LoRA adapter part of the model, which is the reference then, and begins it anew.
+        """Adds the LoRA adapter to the weights below it for good and begins it anew: a round of iterative training.
+
+        The reference is the model without the new adapter from then on, so no copy of it is kept. Moments were those of
+        the adapter that is gone, and begin anew; the schedule of the learning rate goes on. An adapter that does
+        nothing yet is left as it is, with its moments.
+
+        Args:
+            number: Of the merge, which with the learner's seed determines the new adapter's weights.
 
         Returns:
-            Whether it did anything yet: if not, it is left as it is.
+            Whether there was anything to add.
+
+        Raises:
+            UserError: A weight below the adapter is another layer's as well.
         """
         ...
 
@@ -174,8 +184,6 @@ class TorchLearnerConfig(LearnerOptions):
     device: Annotated[Literal["auto", "cpu", "cuda"], option("where the policy lives; auto: cuda if available")] = (
         "auto"
     )
-    masks_tokens: ClassVar[bool] = True
-    """Its learner takes preferences with masks of tokens."""
 
     def build(
         self,

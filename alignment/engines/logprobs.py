@@ -11,10 +11,10 @@ Suffixes beside the legend of :mod:`alignment.types`: N trained tokens of a micr
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from alignment.engines.packing import Layout, check_packing
 from alignment.types import Batch
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 Entropy = Literal["none", "value", "gradient", "drift"]
 MOST_CHUNK_TOKENS = 2048
 """Matrix products of more tokens at once are no quicker, and smaller chunks stay in a processor's caches."""
@@ -106,7 +107,7 @@ class LogProbs:
         packing: bool = False,
     ) -> None:
         self.module, self.chunk_mb, self.autocast, self.value_head = module, chunk_mb, autocast, value_head
-        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
+        inner: Any = _without_adapter(module)
         self.body: nn.Module = inner.base_model
         self.head: nn.Module | None = inner.get_output_embeddings()
         if packing:
@@ -162,6 +163,24 @@ class LogProbs:
             entropy_BT = trained.spread(torch.cat([e for _, e in parts if e is not None]))
         return (logp_BT, entropy_BT, output) if values else (logp_BT, entropy_BT)
 
+    def run(self, asked: "Batch | Callable[[LogProbs], T]", *args: Any) -> Any:
+        """Log-probabilities of a batch; or another pass through the model, which is given these."""
+        return self(asked, *args) if isinstance(asked, Batch) else asked(self)
+
+    def with_head(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)``, which uses :attr:`logits_of`. Tensors with gradient are among ``args``."""
+        return function(*args)
+
+    @property
+    def logits_of(self) -> Callable[[Tensor], Tensor]:
+        """The output embeddings."""
+        assert self.head is not None
+        return self.head
+
+    def chunk_of(self, token_bytes: float) -> int:
+        """Most tokens whose logits exist at once, at so many bytes each."""
+        return min(max(1, int(self.chunk_mb * 2**20 / token_bytes)), MOST_CHUNK_TOKENS)
+
     @property
     def plain_head(self) -> bool:
         """Whether the output embeddings are a linear layer and nothing else."""
@@ -174,8 +193,7 @@ class LogProbs:
         assert self.head is not None
         weight: Any = self.head.weight
         dtype = torch.bfloat16 if self.autocast else weight.dtype
-        chunk = int(self.chunk_mb * 2**20 / (dtype.itemsize * weight.shape[0]))
-        chunk = min(max(1, chunk), MOST_CHUNK_TOKENS)
+        chunk = self.chunk_of(dtype.itemsize * weight.shape[0])
         if self.plain_head:
             yield ChunkedHead.apply(hidden_NH, weight, token_N, temperature_N, chunk, dtype, entropy)  # pyright: ignore[reportReturnType]
             return
@@ -183,11 +201,20 @@ class LogProbs:
         again = torch.is_grad_enabled() and len(token_N) > chunk
         for start in range(0, max(1, len(token_N)), chunk):
             part = slice(start, start + chunk)
-            args = (self.head, hidden_NH[part], token_N[part], temperature_N[part], entropy)
+            args = (self.logits_of, hidden_NH[part], token_N[part], temperature_N[part], entropy)
             if again:
                 yield checkpoint(_score_hidden, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
             else:
                 yield _score_hidden(*args)
+
+
+def body_of(module: nn.Module) -> nn.Module:
+    """What of a causal language model of transformers, possibly wrapped by peft, gives hidden states."""
+    return _without_adapter(module).base_model
+
+
+def _without_adapter(module: Any) -> Any:
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -197,9 +224,9 @@ def _is_plain(head: nn.Module) -> bool:
 
 
 def _score_hidden(
-    head: nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
+    logits_of: Callable[[Tensor], Tensor], hidden_NH: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy
 ) -> tuple[Tensor, Tensor | None]:
-    return _score(head(hidden_NH), token_N, temperature_N, entropy)
+    return _score(logits_of(hidden_NH), token_N, temperature_N, entropy)
 
 
 def _score(logits_NV: Tensor, token_N: Tensor, temperature_N: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,8 @@
 """AdamW with a schedule, clipping and a guard against numbers that are not finite."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,6 +179,11 @@ class Slot:
         """PyTorch's optimizer underneath."""
         return self.stepper.adamw
 
+    def follow(self, old: "Slot") -> "Slot":
+        """Goes on in the schedule where ``old`` is, with moments that begin anew."""
+        self.counts = replace(old.counts, steps_before_moments=old.counts.steps)
+        return self
+
     def begin(self, lr_factor: float = 1.0) -> None:
         """Begins an update: clears gradients and sets its learning rate, ``lr_factor`` times that of the schedule."""
         self.lr = lr_factor * lr_at(self.counts.updates, self.config, self.total_updates)
@@ -235,4 +240,15 @@ class Slot:
         self.stepper.restore(stem, self.counts.steps - self.counts.steps_before_moments)
 
 
-__all__ = ["AdamW", "Slot", "StepCounts", "Stepper", "Tried", "adamw_over", "lr_at"]
+def step_metrics(outcomes: Sequence[tuple[float, float, bool]]) -> dict[str, float]:
+    """Of what :meth:`Slot.step` returned: means of ``loss`` and ``grad_norm`` over the steps that were taken, if any
+    were, and ``optimizer_steps`` and ``skipped_steps``."""
+    taken = [(loss, norm) for loss, norm, stepped in outcomes if stepped]
+    found = {"optimizer_steps": float(len(taken)), "skipped_steps": float(len(outcomes) - len(taken))}
+    if taken:
+        found["loss"] = sum(loss for loss, _ in taken) / len(taken)
+        found["grad_norm"] = sum(norm for _, norm in taken) / len(taken)
+    return found
+
+
+__all__ = ["AdamW", "Slot", "StepCounts", "Stepper", "Tried", "adamw_over", "lr_at", "step_metrics"]

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from alignment.engines.backend import Backend
+from alignment.engines.gradients import Part
 from alignment.engines.logprobs import Entropy
 from alignment.engines.optimizer import StepCounts
 from alignment.engines.roles import Goal
@@ -81,13 +82,20 @@ class PolicyGoal:
     def minibatches(self) -> int:
         return self.objective.minibatches
 
+    def begin(self) -> None:
+        """Called before an update."""
+
+    def end(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Called after an update that had metrics ``found``; more of them."""
+        return {}
+
     def prepare(self, minibatch: Batch) -> Batch:
         if self.objective.wants_logp and self.counts.steps > self.steps_before:  # before, it is old_logp
             minibatch = self.annotate(minibatch, {"logp"})
         prepared = self.objective.prepare(minibatch)
         return prepared if self.head is None else self.head.prepare(minibatch, prepared)
 
-    def loss(self, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, micro: Batch) -> Part:
         logp_BT, entropy_BT, *output = self.backend.forward(micro, self.objective.entropies, self.head is not None)
         if not micro.loss_mask_BT.any():  # a row that stands in where a rank has none: all ranks go backward together
             return sum(map(nothing_of, output), start=nothing_of(logp_BT)), {}

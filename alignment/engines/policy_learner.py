@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from alignment.algorithms.objective import combine
 from alignment.batching import split_minibatches
 from alignment.engines.backend import Backend, Kept
-from alignment.engines.gradients import accumulate, gram_of
+from alignment.engines.gradients import Part, accumulate, gram_of
 from alignment.engines.learner_config import LearnerOptions
 from alignment.engines.learner_files import restore_learner, save_learner
 from alignment.engines.logprobs import evaluating
-from alignment.engines.optimizer import Slot
+from alignment.engines.masked_goal import goal_of
+from alignment.engines.optimizer import Slot, step_metrics
 from alignment.engines.policy_goal import PASS_NEEDS, PolicyGoal, PolicyObjective, fields_of_pass
-from alignment.engines.roles import Goal, Role, RoleSpec, TrainedRole
+from alignment.engines.roles import Goal, RoleSpec, TrainedRole
 from alignment.engines.value_roles import Roles, prompt_batch
 from alignment.types import Batch, keyed_seed
 
@@ -59,7 +60,7 @@ class PolicyLearner:
             if isinstance(spec, str):
                 self.roles.names[name] = spec
             else:
-                self.add_role(name, spec.build(backend, config, total_updates))
+                self.roles.add(name, spec.build(backend, config, total_updates))
         if reference and not backend.fresh_adapter:
             self.refresh_reference()
 
@@ -154,26 +155,11 @@ class PolicyLearner:
             yield
 
     def merge_adapter(self, number: int) -> bool:
-        """Adds the LoRA adapter to the weights below it for good and begins it anew: a round of iterative training.
-
-        The reference is the model without the new adapter from then on, so no copy of it is kept. Moments were those of
-        the adapter that is gone, and begin anew; the schedule of the learning rate goes on. An adapter that does
-        nothing yet is left as it is, with its moments.
-
-        Args:
-            number: Of the merge, which with the learner's seed determines the new adapter's weights.
-
-        Returns:
-            Whether there was anything to add.
-
-        Raises:
-            UserError: A weight below the adapter is another layer's as well.
-        """
+        """As :meth:`alignment.engines.learner_config.Learner.merge_adapter`."""
         merged = self.backend.merge_adapter(keyed_seed(self.seed, "adapter", number))
         self.reference = None
         for name, slot in self.slots.items() if merged else ():
-            self.slots[name] = self.backend.slot(self.total_updates)
-            self.slots[name].counts = replace(slot.counts, steps_before_moments=slot.counts.steps)
+            self.slots[name] = self.backend.slot(self.total_updates).follow(slot)
         return merged
 
     # Update
@@ -183,14 +169,6 @@ class PolicyLearner:
         if name not in self.slots:
             self.slots[name] = self.backend.slot(self.total_updates)
         return self.slots[name]
-
-    def add_role(self, name: str, role: Role) -> None:
-        """Puts a model beside the policy.
-
-        Raises:
-            ValueError: The name is taken, or the role is to be trained and has no slot.
-        """
-        self.roles.add(name, role)
 
     @property
     def of_prompts(self) -> tuple[str, ...]:
@@ -238,7 +216,7 @@ class PolicyLearner:
             asks (how far the policy's trained weights moved, as the model computes with them), and counts:
             ``optimizer_steps``, ``skipped_steps`` (not finite), ``empty_minibatches`` (nothing to train on, so no
             step), ``fitted_tokens`` (of whole rows, prompts included, that a pass went over and back). A role's are
-            prefixed ``NAME/``.
+            prefixed ``NAME/``; what learns masks of tokens has ``masks/grad_norm``.
 
         Raises:
             FloatingPointError: Too many steps in a row had no finite numbers.
@@ -254,10 +232,12 @@ class PolicyLearner:
         with self._training():
             if objective is not None:
                 head = self.roles.head if slot == MAIN_SLOT else None
-                policy = PolicyGoal(self.backend, objective, self.annotate, own.counts, head)
+                plain = PolicyGoal(self.backend, objective, self.annotate, own.counts, head)
+                policy = goal_of(plain, self._reference_weights, self.roles)
                 before = self.backend.keep() if objective.update_norm else None
+                policy.begin()
                 found = self._fit(slot, policy, policy.loss, batch, own, self.backend, objective.lr_factor)
-                metrics |= {"tokens": 0.0} | found
+                metrics |= {"tokens": 0.0} | found | policy.end(found)
                 if before is not None:
                     metrics["update_norm"] = self.backend.distance(before)
             for name, role in self.roles.items() if slot == MAIN_SLOT else ():
@@ -304,7 +284,7 @@ class PolicyLearner:
         self,
         name: str,
         goal: Goal,
-        loss_of: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
+        loss_of: Callable[[Batch], Part],
         batch: Batch,
         slot: Slot,
         backend: Backend,
@@ -328,19 +308,10 @@ class PolicyLearner:
                 outcomes.append(slot.step(loss))
                 if outcomes[-1][2] and parts:
                     sums = combine(sums, parts)
-        taken = [(loss, norm) for loss, norm, stepped in outcomes if stepped]
         sums = self.backend.joined(sums)
         metrics = goal.finish(sums) if sums else {}
-        if taken:
-            metrics["loss"] = sum(loss for loss, _ in taken) / len(taken)
-            metrics["grad_norm"] = sum(norm for _, norm in taken) / len(taken)
-        return metrics | {
-            "lr": slot.lr,
-            "optimizer_steps": float(len(taken)),
-            "skipped_steps": float(len(outcomes) - len(taken)),
-            "empty_minibatches": float(empty),
-            "fitted_tokens": float(fitted),
-        }
+        counts = {"empty_minibatches": float(empty), "fitted_tokens": float(fitted)}
+        return metrics | {"lr": slot.lr} | step_metrics(outcomes) | counts
 
     # Persistence
 

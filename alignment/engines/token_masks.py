@@ -8,14 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from alignment.algorithms.masked_preferences import LearnedMasks
-from alignment.engines.activations import layers_of
-from alignment.engines.backend import Backend, OneProcess
+from alignment.engines.activations import Kind, check_parts, layers_of
+from alignment.engines.backend import Backend
+from alignment.engines.logprobs import body_of
 from alignment.engines.optimizer import Slot
 from alignment.models import Model
 from alignment.types import Batch
 
 MASKS = "masks"
 """The role's name."""
+ACTIVE: tuple[Kind, ...] = ("mlp", "attention", "residual")
+"""Beside the logits, what :class:`~alignment.algorithms.masked_preferences.Mapo` takes masks from."""
+READ: tuple[Kind, ...] = ("residual",)
+"""What networks make masks of."""
+EXACT = {"autocast": "none", "dtype": "float32"}
+"""Options of learners, whichever they have, with which the networks compute in float32."""
 
 
 class MaskNetwork(nn.Module):
@@ -75,9 +82,40 @@ class MaskRole:
         self.backend = backend
         self.slot: Slot | None = slot
 
+    def begin(self, lr_factor: float) -> None:
+        """Begins an update."""
+        assert self.slot is not None
+        self.slot.begin(lr_factor)
+
+    def backward(self, mask_N2: Tensor, leaf_N2: Tensor, ranks: int, last: bool) -> None:
+        """Takes the gradient of masks further, through the networks.
+
+        Args:
+            mask_N2: What the networks put out.
+            leaf_N2: The same, as the policy's loss was given it: :meth:`Backend.backward` gave it its gradient.
+            ranks: How many times too large that is.
+            last: The last time before a step.
+        """
+        assert leaf_N2.grad is not None
+        self.backend.backward((mask_N2 * leaf_N2.grad).sum() / ranks, last)
+
+    def step(self, loss: float) -> float:
+        """A step with the gradients of an update that the policy has made one with; the global gradient norm."""
+        assert self.slot is not None
+        return self.slot.step(torch.tensor(loss, device=self.backend.device))[1]
+
     def annotate(self, micro: Batch) -> Mapping[str, Tensor]:
         """Nothing: masks are learned, so they are made where the loss is."""
         return {}
+
+
+def check_inside(masks: Any, policy: Model) -> None:
+    """Refuses a policy whose parts are not found that masks are made from, before anything is started.
+
+    Raises:
+        UserError: So it is.
+    """
+    check_parts(body_of(policy.module), READ if isinstance(masks, LearnedMasks) else ACTIVE)
 
 
 @dataclass(frozen=True)
@@ -90,6 +128,7 @@ class MaskRoleSpec:
 
     def check(self, policy: Model) -> None:
         """They read what the reference, a policy, computes."""
+        check_inside(self.masks, policy)
 
     def build(self, backend: Backend, config: Any, total_updates: int) -> MaskRole:
         """The role in the process of ``backend``, the policy's.
@@ -97,11 +136,12 @@ class MaskRoleSpec:
         Raises:
             UserError: The layers of the policy are not found.
         """
-        assert isinstance(backend, OneProcess) and backend.logprobs is not None, "recipes are checked for the learner"
-        layers, text = layers_of(backend.logprobs.body), backend.module.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        module: Any = backend.module
+        layers, text = layers_of(body_of(module)), module.config.get_text_config()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             count = 2 if self.masks.independent else 1
             networks = MaskNetworks(count, layers, text.hidden_size, self.masks.dropout)
-        own = backend.beside(networks, replace(config, weight_decay=self.masks.weight_decay))
+        exact = {name: value for name, value in EXACT.items() if hasattr(config, name)}
+        own = backend.beside(networks, replace(config, weight_decay=self.masks.weight_decay, **exact))
         return MaskRole(own, own.slot(total_updates))

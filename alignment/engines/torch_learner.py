@@ -2,18 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from alignment.engines.backend import OneProcess
 from alignment.engines.learner_config import TorchLearnerConfig
-from alignment.engines.masked_goal import MaskedGoal
 from alignment.engines.outgoing import Form, buckets, outgoing
 from alignment.engines.policy_learner import MAIN_SLOT, PolicyLearner, PolicyObjective
 from alignment.engines.roles import RoleSpec
-from alignment.engines.token_masks import MASKS, MaskRole
 from alignment.engines.value_roles import shared_head
-from alignment.types import Batch
 
 
 class TorchLearner(PolicyLearner):
@@ -44,28 +40,6 @@ class TorchLearner(PolicyLearner):
     ) -> None:
         backend = OneProcess(module, config, shared_head(roles, module.config))
         super().__init__(backend, config, total_updates, seed, reference, roles)
-
-    def update(self, batch: Batch, objective: PolicyObjective | None, slot: str = MAIN_SLOT) -> dict[str, float]:
-        """As :meth:`PolicyLearner.update`, also for an objective whose loss has masks of tokens.
-
-        What learns masks is stepped on after the policy, with gradients of the same loss: ``masks/grad_norm``.
-        """
-        if getattr(objective, "token_masks", None) is None:
-            return super().update(batch, objective, slot)
-        assert objective is not None
-        own, role = self.slot(slot), self.roles.get(MASKS)
-        assert role is None or isinstance(role, MaskRole)
-        goal = MaskedGoal(
-            self.backend, objective, self.annotate, own.counts, reference=self._reference_weights, masks=role
-        )
-        assert goal.epochs == goal.minibatches == 1, "one step of the policy, and so one of the masks"
-        if role is not None and role.slot is not None:
-            role.slot.begin()
-        with self._training():
-            metrics = {"tokens": 0.0} | self._fit(slot, goal, goal.loss, batch.to(self.device), own, self.backend)
-        if role is not None and role.slot is not None and metrics["optimizer_steps"]:
-            metrics["masks/grad_norm"] = role.slot.step(torch.tensor(metrics["loss"], device=self.device))[1]
-        return metrics
 
     def weights(self, bucket_bytes: int, form: Form = "merged") -> Iterator[dict[str, Tensor]]:
         """The policy's weights as they are now, in buckets of at most ``bucket_bytes``; a larger tensor comes alone.

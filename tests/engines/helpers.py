@@ -165,11 +165,11 @@ def with_returns(batch: Batch, streams: int = 0) -> Batch:
     return replace(batch, returns_BT=target, values_BT=torch.zeros_like(target))
 
 
-def lora(seed: int = 0, dropout: float = 0.0) -> nn.Module:
-    """:func:`tiny` with a random adapter on every linear layer."""
-    module = tiny(seed=seed)
+def lora(seed: int = 0, dropout: float = 0.0, targets: Any = "all-linear", **options: Any) -> nn.Module:
+    """:func:`tiny` with a random adapter on every linear layer, or those that are named."""
+    module = tiny(seed=seed, **options)
     torch.manual_seed(seed + 1)
-    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=targets, lora_dropout=dropout, init_lora_weights=False)
     return get_peft_model(module, config)  # pyright: ignore[reportArgumentType]
 
 

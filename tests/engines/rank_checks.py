@@ -40,7 +40,8 @@ class Call:
 
 
 def module_of(kind: str) -> nn.Module:
-    """A model by name: tiny, untied, dropout, lora, fresh (a LoRA adapter that does nothing yet), bfloat16."""
+    """A model by name: tiny, untied, dropout, lora, fresh (a LoRA adapter that does nothing yet), bfloat16, and those
+    whose output embeddings are more than a weight: biased, adapted (by LoRA), capped (their logits)."""
     if kind in ("lora", "fresh"):
         module = lora()
         if kind == "fresh":
@@ -51,6 +52,12 @@ def module_of(kind: str) -> nn.Module:
         return module
     if kind == "dropout":
         return tiny("GPT2", resid_pdrop=0.3)
+    if kind == "capped":
+        return tiny("Gemma2", final_logit_softcapping=3.0, query_pre_attn_scalar=8)
+    if kind == "adapted":
+        return lora(targets=["lm_head"], tie_word_embeddings=False)
+    if kind == "biased":
+        return tiny("Phi", resid_pdrop=0.0, embd_pdrop=0.0)
     return tiny(tie_word_embeddings=kind != "untied").to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
 
 

@@ -95,7 +95,9 @@ def test_rows_end_to_end_change_nothing(worlds, kind, stage):  # noqa: F811
     ("kind", "stage", "options"),
     [
         ("untied", 3, {"logits_chunk_mb": FIVE_TOKENS_MB}),
+        ("biased", 3, {"logits_chunk_mb": FIVE_TOKENS_MB}),
         ("lora", 3, {"gradient_checkpointing": True}),
+        marked("adapted", 3, {"logits_chunk_mb": FIVE_TOKENS_MB}),
         marked("lora", 2, {}),
         marked("tiny", 3, {"gradient_checkpointing": True}),
         marked("tiny", 2, {"gradient_checkpointing": True, "logits_chunk_mb": FIVE_TOKENS_MB}),

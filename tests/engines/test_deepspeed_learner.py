@@ -14,7 +14,9 @@ import ray
 import torch
 
 from alignment.algorithms.covariance import KlCov
+from alignment.algorithms.masked_preferences import SparsePo
 from alignment.algorithms.objective import Objective
+from alignment.algorithms.preference_objective import PreferenceObjective
 from alignment.algorithms.steer import Steer
 from alignment.engines.config import Site
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
@@ -23,6 +25,7 @@ from alignment.engines.learner_config import Learner, TorchLearnerConfig
 from alignment.engines.object_store import finish_buckets, forget_buckets, put_bucket
 from alignment.engines.packed import pack, unpack
 from alignment.engines.ray_config import RayClusterConfig
+from alignment.engines.token_masks import MASKS, MaskRoleSpec
 from alignment.engines.torch_learner import TorchLearner
 from alignment.engines.transport_ends import MEBI
 from alignment.errors import EngineFailed, UserError
@@ -64,13 +67,13 @@ class Opener:
         self.stack = stack
         self.idle = 0
 
-    def __call__(self, **options: Any) -> DeepSpeedLearner:
+    def __call__(self, roles: dict[str, Any] | None = None, **options: Any) -> DeepSpeedLearner:
         config = DeepSpeedLearnerConfig(**{"ranks": 2, "timeout_s": 120.0, "zero_stage": 3, **OPTIONS, **options})
         origin = Origin(MODEL, seed=1)
         site = Site(replace(origin.make(weights=False), origin=origin), idle=self._idle)
         stage = SimpleNamespace(learner=config, sampler=None)
         cluster = self.stack.enter_context(RayClusterConfig(start_timeout_s=120.0).open(stage, site))
-        learner = config.build(replace(site, cluster=cluster), 50, 7, reference=True)
+        learner = config.build(replace(site, cluster=cluster), 50, 7, reference=True, roles=roles)
         self.stack.callback(learner.close)
         return learner
 
@@ -100,9 +103,9 @@ def learner(shared) -> DeepSpeedLearner:
     return learner
 
 
-def embedded() -> TorchLearner:
-    config = TorchLearnerConfig(device="cpu", **OPTIONS)
-    return TorchLearner(Origin(MODEL, seed=1).make().module, config, 50, 7, reference=True)
+def embedded(roles: dict[str, Any] | None = None, **options: Any) -> TorchLearner:
+    config = TorchLearnerConfig(device="cpu", **OPTIONS, **options)
+    return TorchLearner(Origin(MODEL, seed=1).make().module, config, 50, 7, reference=True, roles=roles)
 
 
 def next_bucket(learner: DeepSpeedLearner, bucket_bytes: int, form: Any = "merged") -> dict[str, torch.Tensor] | None:
@@ -163,6 +166,19 @@ def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
     assert learner.update(batch(9), Objective.supervised(), slot="sft") == one
     learner.refresh_reference()
     learner.release()
+
+
+def test_masks_of_tokens_are_learned_in_its_processes(opener):
+    loss = SparsePo(beta=0.5, dropout=0.0, l1_ratio=0.02)
+    roles, objective = {MASKS: MaskRoleSpec(loss.token_masks, seed=2)}, PreferenceObjective([(loss, None)])
+    learner, torch_learner = opener(roles, eps=1e-3), embedded(roles, eps=1e-3)
+    for step in range(2):
+        pairs = replace(batch(step), side_B=torch.tensor([1, -1] * 4 + [2], dtype=torch.int8))
+        ours, expected = (
+            each.update(each.annotate(pairs, objective.needs), objective) for each in (learner, torch_learner)
+        )
+        assert ours == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in expected.items()}
+        assert ours["masks/grad_norm"] > 0 and ours["pairs"] == 3
 
 
 def test_transports_reach_every_rank(learner):

@@ -312,6 +312,6 @@ def test_prompts_become_rows_whose_last_state_has_the_target() -> None:
 def test_a_role_has_a_name_of_its_own() -> None:
     learner = with_critic()
     with pytest.raises(ValueError, match="a role 'critic' already"):
-        learner.add_role("critic", learner.roles["critic"])
+        learner.roles.add("critic", learner.roles["critic"])
     with pytest.raises(ValueError, match=r"nothing provides \['role:mask'\]"):
         learner.annotate(make_batch(), {"role:mask"})
