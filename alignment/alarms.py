@@ -34,6 +34,7 @@ WATCHED = (
     "clipped_low",
     "clipped_high",
     "advantage_abs",
+    "imitated",
 )
 """The metrics that alarms look at."""
 
@@ -82,17 +83,21 @@ def _mean(steps: Sequence[Mapping[str, float]], name: str) -> float:
 
 def _entropy_collapse(w: Window) -> str | None:
     before, now = w.at_first("entropy"), w["entropy"]
-    if not (now < ENTROPY_SHARE * before and w["accuracy"] < SOLVED):
+    if not now < ENTROPY_SHARE * before or w["accuracy"] >= SOLVED:
         return None
-    return f"entropy fell from {before:.3f} to {now:.3f} nats a token at an accuracy of {w['accuracy']:.0%}"
+    attained = "" if math.isnan(w["accuracy"]) else f" at an accuracy of {w['accuracy']:.0%}"
+    return f"entropy fell from {before:.3f} to {now:.3f} nats a token{attained}"
 
 
 def _dead_groups(w: Window) -> str | None:
     dead = w["zero_variance"]
     if not dead > DEAD_SHARE or w["accuracy"] >= NEARLY_SOLVED or w.highest("advantage_abs") < SIGNAL:
         return None
+    equal = f"in {dead:.0%} of the groups all rewards are equal"
+    if math.isnan(w["accuracy"]):
+        return equal
     why = "mostly solved" if w["accuracy"] > 0.5 else "mostly failed"
-    return f"in {dead:.0%} of the groups all rewards are equal ({why}: accuracy {w['accuracy']:.0%})"
+    return f"{equal} ({why}: accuracy {w['accuracy']:.0%})"
 
 
 def _truncation(w: Window) -> str | None:
@@ -121,7 +126,7 @@ def _stale_data(w: Window) -> str | None:
 
 
 def _no_learning_signal(w: Window) -> str | None:
-    if not w.highest("advantage_abs") < SIGNAL:
+    if not w.highest("advantage_abs") < SIGNAL or w["imitated"] > 0:
         return None
     return f"no advantage in {len(w.last)} steps: within every group all rewards were equal"
 

@@ -63,7 +63,7 @@ class _Progress:
             self._fresh, self.at, self.accuracies = False, at, []
             self._since, self._since_step = before, record.stage_step - 1
         self.done, self.metrics = record.stage_step, record.metrics
-        if "accuracy" in record.metrics:
+        if not math.isnan(record.metrics.get("accuracy", math.nan)):
             self.accuracies.append(record.metrics["accuracy"])
         if self.done >= self.stages[at]["steps"]:
             self.seconds[at] = self.clock() - self._since

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
-from alignment.types import Batch, Group
+from alignment.types import Batch, Group, Rollout
 
 NOT_TRAINING = ("evaluate", "save")
 """Phases that do not count in tokens per second."""
@@ -132,7 +132,7 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
 
     Returns:
         ``reward`` and ``reward_std`` over scored rollouts; ``accuracy`` by the first component, where it gave a
-        value; ``reward/<component>``, the mean where it applies; ``status/<status>``, the scores with that status;
+        value (NaN if it gave one above 1: then it is no verdict, but a scale); ``reward/<component>``, the mean where it applies; ``status/<status>``, the scores with that status;
         ``unscored`` and ``truncated``, shares of the rollouts; ``length`` and ``length_max`` in tokens;
         ``zero_variance``, the share of groups whose scored rewards are all equal, so that nothing is learned from
         them; ``reward_length_correlation``, Pearson's, of what is left of both when each group's mean is taken away;
@@ -148,7 +148,7 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
     metrics: dict[str, float] = {
         "reward": reward,
         "reward_std": _deviation(rewards, reward),
-        "accuracy": _mean(correct),
+        "accuracy": math.nan if any(_on_a_scale(r) for r in rollouts) else _mean(correct),
         "unscored": _mean([not r.scored for r in rollouts]),
         "truncated": _mean([r.finish_reason == "length" for r in rollouts]),
         "length": _mean(lengths),
@@ -169,6 +169,12 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
             values[name].append(score.value)
     metrics |= {f"status/{status}": count for status, count in Counter([s.status for _, s in scores]).items()}
     return metrics | {f"reward/{name}": _mean(of) for name, of in values.items()}
+
+
+def _on_a_scale(rollout: Rollout) -> bool:
+    """Whether its first score is above 1, as a reward model's may be."""
+    first = next(iter(rollout.scores.values()), None)
+    return first is not None and first.value is not None and first.value > 1.0
 
 
 def read_tokens(batch: Batch, shares_policy: bool = False) -> dict[str, float]:

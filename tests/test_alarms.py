@@ -74,6 +74,21 @@ def test_trouble_raises_its_alarm_once_and_no_other(name):
     assert len(alarms.report()) == 2
 
 
+def test_without_verdicts_accuracy_excuses_nothing():
+    """Rewards on a scale, such as a reward model's."""
+    scale, alarms = {"accuracy": float("nan")}, Alarms(2)
+    assert after(alarms, scale, scale) == []
+    trouble = TROUBLE["entropy_collapse"] | TROUBLE["dead_groups"] | scale
+    assert after(alarms, trouble, trouble, trouble, start=3) == ["entropy_collapse", "dead_groups"]
+    assert not any("nan" in a["evidence"] or "accuracy" in a["evidence"] for a in alarms.report())
+
+
+def test_what_is_imitated_is_a_signal():
+    silent = TROUBLE["no_learning_signal"]
+    assert after(Alarms(2), *[silent | {"imitated": 0.0}] * 2) == ["no_learning_signal"]
+    assert after(Alarms(2), *[silent | {"imitated": 1.0}] * 2) == []
+
+
 def test_the_means_decide_and_a_missing_number_counts_as_none():
     assert after(Alarms(2), {"truncated": 0.0}, {"truncated": 0.39}) == []
     assert after(Alarms(2), {"truncated": 0.0}, {"truncated": 0.41}) == ["truncation"]

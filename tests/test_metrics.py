@@ -82,6 +82,11 @@ def test_a_batch_is_summarised_over_what_applies():
     assert (metrics["groups"], metrics["rollouts"]) == (2, 4)
 
 
+def test_scores_on_a_scale_are_no_verdicts():
+    scaled = [group(1, rollout(0, ("judge", 0.5, "ok")), rollout(1, ("judge", 3.5, "ok")))]
+    assert math.isnan(summarise(scaled)["accuracy"]) and summarise(scaled)["reward/judge"] == 2.0
+
+
 def test_demonstrations_do_not_count_as_rollouts():
     shown = group(2, rollout(9, ("exact", 1.0, "ok"), source="demonstration"), *GROUPS[1].rollouts)
     assert summarise([GROUPS[0], shown])["accuracy"] == summarise(GROUPS)["accuracy"]
