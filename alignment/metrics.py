@@ -132,12 +132,13 @@ def summarise(groups: Sequence[Group], dropped: Mapping[str, int] | None = None)
 
     Returns:
         ``reward`` and ``reward_std`` over scored rollouts; ``accuracy`` by the first component, where it gave a
-        value (NaN if it gave one above 1: then it is no verdict, but a scale); ``reward/<component>``, the mean where it applies; ``status/<status>``, the scores with that status;
-        ``unscored`` and ``truncated``, shares of the rollouts; ``length`` and ``length_max`` in tokens;
-        ``zero_variance``, the share of groups whose scored rewards are all equal, so that nothing is learned from
-        them; ``reward_length_correlation``, Pearson's, of what is left of both when each group's mean is taken away;
-        ``dropped/<component>`` and ``dropped_groups``; the counts ``groups``, ``rollouts``, ``prompt_tokens`` (a prompt
-        counts for each of its rollouts) and ``completion_tokens`` (observations included).
+        value (NaN if it gave one above 1: then it is no verdict, but a scale); ``reward/<component>``, the mean where
+        it applies; ``status/<status>``, the scores with that status; ``unscored`` and ``truncated``, shares of the
+        rollouts; ``length`` and ``length_max`` in tokens; ``zero_variance``, the share of groups whose scored rewards
+        are all equal, so that nothing is learned from them; ``reward_length_correlation``, Pearson's, of what is left
+        of both when each group's mean is taken away; ``dropped/<component>`` and ``dropped_groups``; the counts
+        ``groups``, ``rollouts``, ``prompt_tokens`` (a prompt counts for each of its rollouts) and
+        ``completion_tokens`` (observations included).
     """
     dropped = dropped or {}
     rollouts = [r for g in groups for r in g.rollouts if r.source != "demonstration"]
