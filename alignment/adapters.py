@@ -98,6 +98,13 @@ def mark_merged(module: nn.Module, names: Collection[str]) -> None:
     module.names_of_merged_weights = frozenset(names)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
+def mark_merged_as(module: nn.Module, other: nn.Module) -> None:
+    """Says of ``module`` what is known of ``other``, with which it shares parameters, by its own names for them."""
+    known = dict(other.named_parameters())
+    merged = {id(known[name]) for name in merged_names(other)}
+    mark_merged(module, [name for name, p in module.named_parameters() if id(p) in merged])
+
+
 def _layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapted layers by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,6 +1,7 @@
 """Iterative preference learning with LoRA: between rounds an adapter becomes part of the model, and another begins."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from alignment.engines.policy_goal import PolicyGoal
 from alignment.engines.torch_learner import TorchLearner
 from alignment.errors import UserError
 from alignment.export import export
+from alignment.export_values import export_value_model
 from alignment.recipe import load
 from alignment.types import Batch
 from tests.engines.helpers import learner_of, lora, make_batch, tiny
-from tests.test_preference import SAMPLED, given, recipe, sampled, trained
+from tests.test_preference import FORMAT, SAMPLED, TRAIN, given, recipe, sampled, trained
 from tests.test_train import Recorder, contents, lines
 
 DPO = PreferenceObjective([(Dpo(), None)])
@@ -155,6 +157,45 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, sampling):
     for name, data in ours[0].items():
         assert data == theirs[0][name], name
     assert ours[1] == theirs[1]
+
+
+FITTED = {"stage": "reward_model", "name": "rm", "steps": 3, "batch_size": 8, "learner": {"name": "torch", "lr": 1e-2}}
+CRITIC = {
+    "stage": "online",
+    "steps": 3,
+    "prompts_per_step": 4,
+    "group_size": 2,
+    "sampling": {"max_tokens": 3},
+    "algorithm": {"advantage": "gae"},
+    "critic": {"name": "model"},
+    "learner": {"name": "torch", "lr": 1e-2},
+}
+
+
+def test_models_whose_body_had_adapters_merged_are_resumed_and_exported_with_it(tmp_path):
+    """They begin where the policy is, and only their own adapter is trained."""
+    found = {}
+    for name, stops in (("whole", ()), ("resumed", (5, 8))):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = recipe(folder, given(reference=ROUNDS, steps=3, learner=SUPERVISED["learner"]), model=LORA, data=TRAIN)
+        whole = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({**whole, "rewards": FORMAT, "stages": [*whole["stages"], FITTED, CRITIC]}))
+        for stop in stops:
+            assert trained(path, Recorder(stop_after=stop))["status"] == "interrupted"
+        result = trained(path)
+        found[name] = contents(result["folder"]), lines(result["folder"])
+    ours, theirs = found["whole"], found["resumed"]
+    assert ours[0].keys() == theirs[0].keys() and ours[1] == theirs[1]
+    for name, data in ours[0].items():
+        assert data == theirs[0][name], name
+    fitted = [load_file(tmp_path / name / "runs/tiny/reward_models/rm/member_0/model.safetensors") for name in found]
+    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])
+    saved = load_file(max(Path(result["folder"]).glob("checkpoints/*/learner/role-critic.safetensors")))
+    exported = load_file(export_value_model(result["folder"], tmp_path / "critic") / "model.safetensors")
+    layer, parts = "layers.0.self_attn.q_proj", ("base_layer", "lora_A.default", "lora_B.default")
+    below, a, b = (saved[f"body.{layer}.{part}.weight"] for part in parts)
+    torch.testing.assert_close(exported[f"{layer}.weight"], below + 2 * b @ a)
 
 
 def test_it_is_exported_whole(tmp_path):

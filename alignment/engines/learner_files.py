@@ -23,7 +23,8 @@ def save_learner(learner: "PolicyLearner", folder: Path) -> None:
     record["roles"] = {}
     for name, role in learner.roles.items():
         role.backend.write(folder / f"role-{name}.safetensors", head=role is learner.roles.head)
-        record["roles"][name] = None if role.slot is None else role.slot.save(folder / f"role-{name}-slot")
+        counts = None if role.slot is None else role.slot.save(folder / f"role-{name}-slot")
+        record["roles"][name] = {"slot": counts, "merged": sorted(merged_names(role.backend.module))}
     if backend.share.rank == 0:
         (folder / "learner.json").write_text(json.dumps(record, indent=1))
 
@@ -43,6 +44,7 @@ def restore_learner(learner: "PolicyLearner", folder: Path, main_slot: str) -> N
     for name, counts in record["slots"].items():
         learner.slot(name).restore(folder / f"slot-{name}", counts)
     for name, role in learner.roles.items():
+        mark_merged(role.backend.module, record["roles"][name]["merged"])
         role.backend.read(folder / f"role-{name}.safetensors", head=role is learner.roles.head)
         if role.slot is not None:
-            role.slot.restore(folder / f"role-{name}-slot", record["roles"][name])
+            role.slot.restore(folder / f"role-{name}-slot", record["roles"][name]["slot"])

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from alignment.adapters import mark_merged_as
 from alignment.algorithms.value_losses import ValueLoss, value_losses
 from alignment.errors import UserError
 from alignment.models import Tokenizer, no_progress_bars
@@ -104,10 +105,15 @@ class ValueModel(nn.Module):
 
     @classmethod
     def of(cls, language_model: nn.Module, shape: ValueShape) -> Self:
-        """A value model with the body of a causal language model, which is the very same module afterwards."""
+        """A value model with the body of a causal language model, which is the very same module afterwards.
+
+        Adapters that were merged into that body are part of what is saved of the value model.
+        """
         inner: Any = language_model
         inner = inner.get_base_model() if hasattr(language_model, "get_base_model") else inner
-        return cls(inner.base_model, shape)
+        model = cls(inner.base_model, shape)
+        mark_merged_as(model, language_model)
+        return model
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """What the head puts out for the state after each token; rows are padded on the right."""

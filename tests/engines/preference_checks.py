@@ -9,13 +9,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from alignment.adapters import mark_merged, merged_names
 from alignment.algorithms.preference_objective import PreferenceObjective
+from alignment.algorithms.value_losses import Scalar
 from alignment.batching import collate
 from alignment.data.demonstrations import Shown
 from alignment.data.sides import PAIRED, pair_of
 from alignment.engines.deepspeed_config import DeepSpeedLearnerConfig
 from alignment.engines.deepspeed_rank import DeepSpeedRank
 from alignment.engines.policy_learner import PolicyLearner
+from alignment.engines.value_model import ValueModel, ValueShape
 from alignment.origin import copy_policy
 from alignment.pairings import compared
 from alignment.references import Reference
@@ -95,13 +98,31 @@ def prefer(case: Case, **options: Any) -> tuple[list[dict[str, float]], np.ndarr
 
 
 def taken_over(checkpoint: Path, **options: Any) -> str:
-    """The fingerprint of a learner whose model is made from a checkpoint in which adapters were merged, and that after
-    its own adapter was merged, which has to be another."""
+    """The fingerprint of a learner whose model is made from a checkpoint in which adapters were merged.
+
+    After its own adapter was merged it has to be another one; and a value model on the same body comes back from its
+    file whole, whatever it was before.
+    """
     module = lora()
     copy_policy(checkpoint, module)
     config = DeepSpeedLearnerConfig(ranks=dist.get_world_size(), **options)
     learner = DeepSpeedRank(module, config, 100, 0, reference=True)
     found = learner.fingerprint()
     assert learner.merge_adapter(0) and learner.fingerprint() != found
+    values = []
+    for laid_over in (True, False):
+        policy = lora()
+        if laid_over:
+            copy_policy(checkpoint, policy)
+        model = ValueModel.of(policy, ValueShape(Scalar()))
+        values.append(learner.backend.beside(model, config))
+    saved = checkpoint / "value.safetensors"
+    values[0].write(saved)
+    mark_merged(values[1].module, merged_names(values[0].module))
+    assert values[0].fingerprint() != values[1].fingerprint()
+    values[1].read(saved)
+    assert values[0].fingerprint() == values[1].fingerprint()
+    for backend in values:
+        backend.close()
     learner.close()
     return found
