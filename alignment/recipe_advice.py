@@ -1,5 +1,5 @@
-"""Curricula that do not go together, and controls that do nothing or not what was meant: what a recipe may not do, and
-what it may do and hardly should."""
+"""Curricula that do not go together or not with the mixer, and controls that do nothing or not what was meant: what a
+recipe may not do, and what it may do and hardly should."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from alignment.algorithms.advantages import advantages
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.covariance import ClipCov
 from alignment.algorithms.entropy_controls import entropy_controls
+from alignment.algorithms.mixers import mixers
 from alignment.algorithms.policy_losses import Clip
 from alignment.algorithms.shuffled import Shuffled
 from alignment.curricula import curricula, remarks
@@ -16,7 +17,7 @@ from alignment.recipe_control import control_conflicts
 from alignment.recipe_tree import Place
 
 if TYPE_CHECKING:
-    from alignment.recipe import Recipe
+    from alignment.recipe import OnlineStage, Recipe
 
 
 def refusals(recipe: "Recipe") -> Iterator[Conflict]:
@@ -42,9 +43,31 @@ def advice(recipe: "Recipe") -> Iterator[Conflict]:
             yield from (Conflict(place, text) for verdict, text in remarks(stage.curricula) if verdict == "warns")
         if stage.stage == "online":
             here: Place = ("stages", index, "algorithm")
+            yield from _starved(stage, here)
             yield from _asleep(stage.credited, here)
             yield from _other_clips(stage.credited, here)
             yield from _other_scales(stage.credited, here)
+
+
+def _starved(stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
+    """A mixer whose demonstrations are for prompts that nobody solves, which a filter drops before it sees them."""
+    mixer, size = stage.credited.mixer, stage.group_size
+    teaches = getattr(mixer, "teaches", None)
+    if teaches is None or not teaches(0, size):
+        return
+    filters = [c for c in stage.curricula if hasattr(c, "keeps_rate")]
+    dropping = [c for c in filters if not c.keeps_rate(0.0)]  # pyright: ignore[reportAttributeAccessIssue]
+    if not dropping:
+        return
+    left = [n for n in range(size + 1) if teaches(n, size) and all(c.keeps_rate(n / size) for c in filters)]  # pyright: ignore[reportAttributeAccessIssue]
+    lost = "so their demonstrations are never learned from" if left else "and of no other would it show a demonstration"
+    message = (
+        f"'{curricula.name_of(dropping[0])}' drops the groups that all rollouts failed before "
+        f"'{mixers.name_of(mixer)}' sees them, {lost}: leave the filter out, let these groups pass "
+        "(low: 0, high: 0.99, inclusive: true drops only what is always solved), or take 'relift', which sees all "
+        "sampled groups"
+    )
+    yield Conflict((*place, "mixer"), message)
 
 
 def _asleep(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:

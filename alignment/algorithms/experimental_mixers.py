@@ -137,6 +137,10 @@ class Grao(Joining):
         Literal["rollouts", "all"], option("whose rewards make mean and std: without the demonstration, or with it")
     ] = "rollouts"
 
+    def teaches(self, solved: int, of: int) -> bool:
+        """Of rollouts that are all wrong alike, the deviation is 0 without the demonstration."""
+        return solved > 0 or self.statistics == "all"
+
     def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
         return shown[:1]
 

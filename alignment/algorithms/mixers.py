@@ -36,6 +36,8 @@ class Mixer(Protocol):
     scored by the recipe's rewards before they are credited (those whose rewards fail are left out).
     ``asks(group) -> bool``: whether it would use a demonstration of this prompt; prompts without one are counted, and a
     data set in which none has one is refused.
+    ``teaches(solved, of) -> bool``: whether a demonstration counts in a group of which so many rollouts are solved;
+    loading a recipe warns where a filter drops those groups before the mixer sees them.
     ``advantages(state, batch) -> adv_BT``: takes the place of those that ``batch`` was credited with.
     ``shaping: float | None``: gamma of ``p / (p + gamma)`` in rows of ratio base ``one``.
     ``slots``: those beside ``rl`` that it may route to, each an optimizer more in memory; ``lr_ratio: float``: their
@@ -75,6 +77,10 @@ class Joining:
 
     def asks(self, group: Group) -> bool:
         """Of every prompt."""
+        return True
+
+    def teaches(self, solved: int, of: int) -> bool:
+        """Most of all where no rollout is right, since the demonstration is."""
         return True
 
     def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
@@ -187,10 +193,14 @@ class Hpt:
         imitates = solved <= self.gate if self.gate_share is None else solved <= self.gate_share * of
         return (0.0, self.sft_coefficient) if imitates else (1.0, 0.0)
 
+    def teaches(self, solved: int, of: int) -> bool:
+        """Whether such a prompt is imitated."""
+        return self.weights(solved, of)[1] > 0
+
     def asks(self, group: Group) -> bool:
         """Whether the prompt is to be imitated."""
         verdicts = [verdict for r in group.rollouts if (verdict := r.correct) is not None]
-        return bool(verdicts) and self.weights(sum(verdicts), len(verdicts))[1] > 0
+        return bool(verdicts) and self.teaches(sum(verdicts), len(verdicts))
 
     def route(
         self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context

@@ -1,0 +1,57 @@
+"""What a recipe may do and hardly should: told with file and line when it is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from alignment.recipe import load
+from tests.recipes_for_tests import BASE, write
+
+STAGE = "stages.1"
+DYNAMIC = "difficulty_filter, low: 0, high: 1"
+
+
+def advised(folder: Path, *overrides: str) -> list[str]:
+    return [str(warning) for warning in load([write(folder)], list(overrides)).warnings]
+
+
+def mixed(folder: Path, mixer: str, filtered: str) -> list[str]:
+    chosen = f"{STAGE}.curricula=[uniform, {{name: {filtered}}}]"
+    return advised(folder, chosen, f"{STAGE}.algorithm.mixer={{name: {mixer}}}")
+
+
+@pytest.mark.parametrize("mixer", ["hpt", "hpt, gate_share: 0.1", "hpt, soft: [[1, 1, 0]]"])
+def test_a_filter_that_leaves_a_mixer_nothing_to_imitate_is_told(tmp_path, mixer):
+    (found,) = mixed(tmp_path, mixer, DYNAMIC)
+    assert "stages.1.algorithm.mixer: 'difficulty_filter' drops the groups that all rollouts failed" in found
+    assert "before 'hpt' sees them, and of no other would it show a demonstration" in found
+
+
+@pytest.mark.parametrize("filtered", [DYNAMIC, "difficulty_filter, low: null, high: null, measure: reward"])
+@pytest.mark.parametrize("mixer", ["luffy", "srft", "grao, statistics: all", "hpt, gate: 2"])
+def test_a_filter_that_takes_some_of_its_prompts_from_a_mixer_is_told(tmp_path, mixer, filtered):
+    (found,) = mixed(tmp_path, mixer, filtered)
+    assert "so their demonstrations are never learned from" in found
+
+
+def test_the_line_of_the_mixer_is_told(tmp_path):
+    own = BASE.replace("advantage: grpo", "advantage: grpo\n      mixer: hpt")
+    (found,) = load([path := write(tmp_path, own)]).warnings
+    line = next(i for i, text in enumerate(own.splitlines(), 1) if "mixer" in text)
+    assert str(found).startswith(f"{path}:{line}: stages.1.algorithm.mixer: 'difficulty_filter' drops")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "filtered"),
+    [
+        ("hpt", "difficulty_filter, low: 0, high: 0.99, inclusive: true"),
+        ("hpt", "shuffled, of: difficulty_filter"),
+        ("hpt, soft: [[0, 1, 0], [1, 0.5, 0.5]]", DYNAMIC),
+        ("grao", DYNAMIC),
+        ("blend", DYNAMIC),
+        ("amft", DYNAMIC),
+        ("relift", DYNAMIC),
+    ],
+)
+def test_of_a_mixer_that_loses_nothing_to_the_filter_nothing_is_told(tmp_path, mixer, filtered):
+    assert mixed(tmp_path, mixer, filtered) == []
