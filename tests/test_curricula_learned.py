@@ -231,7 +231,7 @@ def test_a_level_opens_when_the_one_before_is_solved_often_enough():
 
 
 def test_levels_are_numbers():
-    with pytest.raises(UserError, match="orders the column 'level' by number"):
+    with pytest.raises(UserError, match="by the numbers in their column 'level', and could not convert string"):
         LevelSchedule().select(LevelSchedule().init(), prompts(2, level=["easy", "hard"]), 1, AT)
 
 
