@@ -24,6 +24,12 @@ def weighting_conflicts(recipe: "Recipe", stage: "OnlineStage", place: Place) ->
     if unknown and columns:
         message = f"names {', '.join(unknown)}, which is no reward of this recipe; there are {', '.join(columns)}"
         yield Conflict(here, message, (here, ("rewards",)))
+    if unlisted := [name for name in getattr(stage.credited.weighting, "unlisted", ()) if name not in columns]:
+        message = (
+            f"'minimise' and 'scales' name {', '.join(unlisted)}, and without 'objectives' there are only the rewards: "
+            f"list all of them, objectives: [{', '.join([*columns, *unlisted])}]"
+        )
+        yield Conflict(here, message, (here, ("rewards",)))
     yield from _without_objective(stage, columns, here)
 
 
