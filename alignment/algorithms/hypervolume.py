@@ -106,7 +106,7 @@ class Hypervolume:
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """What options name beside an empty ``objectives``, which is the rewards, and is none unless one is called so."""
+        """What options name beside empty ``objectives``, which are the rewards, and is none unless one is called so."""
         return () if self.objectives else tuple(sorted({*self.minimise, *self.scales} & set(EVALUATED)))
 
     def init(self) -> dict[str, Any]:
