@@ -8,7 +8,8 @@ from alignment.algorithms.advantages import advantages
 from alignment.algorithms.algorithm import Algorithm
 from alignment.algorithms.covariance import ClipCov
 from alignment.algorithms.entropy_controls import entropy_controls
-from alignment.algorithms.mixers import mixers
+from alignment.algorithms.experimental_mixers import Amft
+from alignment.algorithms.mixers import Hpt, mixers
 from alignment.algorithms.policy_losses import Clip
 from alignment.algorithms.shuffled import Shuffled
 from alignment.curricula import curricula, remarks
@@ -44,6 +45,7 @@ def advice(recipe: "Recipe") -> Iterator[Conflict]:
         if stage.stage == "online":
             here: Place = ("stages", index, "algorithm")
             yield from _starved(stage, here)
+            yield from _one_sided(stage, here)
             yield from _asleep(stage.credited, here)
             yield from _other_clips(stage.credited, here)
             yield from _other_scales(stage.credited, here)
@@ -68,6 +70,23 @@ def _starved(stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
         "sampled groups"
     )
     yield Conflict((*place, "mixer"), message)
+
+
+def _one_sided(stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
+    """A gate that no group passes, and a rate of something that runs do not compute."""
+    mixer, size = stage.credited.mixer, stage.group_size
+    if isinstance(mixer, Hpt) and not any(mixer.weights(n, size)[0] for n in range(size + 1)):
+        message = (
+            f"'hpt' imitates every prompt, however many of its {size} rollouts are solved, and learns nothing from "
+            "rewards: set gate below group_size, gate_share below 1, or a weight of rollouts above 0 in soft"
+        )
+        yield Conflict((*place, "mixer"), message)
+    if isinstance(mixer, Amft) and mixer.meta_rate != Amft.meta_rate:
+        message = (
+            "has no effect: no learner computes the gradient of a validation loss, so mu follows the entropy alone; "
+            "leave it out"
+        )
+        yield Conflict((*place, "mixer", "meta_rate"), message)
 
 
 def _asleep(algorithm: Algorithm, place: Place) -> Iterator[Conflict]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from alignment.recipe import load
-from tests.recipes_for_tests import BASE, write
+from tests.recipes_for_tests import BASE, only, write
 
 STAGE = "stages.1"
 DYNAMIC = "difficulty_filter, low: 0, high: 1"
@@ -55,3 +55,44 @@ def test_the_line_of_the_mixer_is_told(tmp_path):
 )
 def test_of_a_mixer_that_loses_nothing_to_the_filter_nothing_is_told(tmp_path, mixer, filtered):
     assert mixed(tmp_path, mixer, filtered) == []
+
+
+@pytest.mark.parametrize("options", ["gate: 4", "gate_share: 1", "soft: [[1, 0, 1]]"])
+def test_a_gate_that_imitates_every_prompt_is_told(tmp_path, options):
+    (found,) = advised(tmp_path, f"{STAGE}.curricula=[uniform]", f"{STAGE}.algorithm.mixer={{name: hpt, {options}}}")
+    assert "stages.1.algorithm.mixer: 'hpt' imitates every prompt, however many of its 4 rollouts are solved" in found
+
+
+@pytest.mark.parametrize("options", ["gate: 3", "gate_share: 0.99", "soft: [[4, 0.1, 1]]"])
+def test_of_a_gate_that_some_groups_pass_nothing_is_told(tmp_path, options):
+    chosen = f"{STAGE}.algorithm.mixer={{name: hpt, {options}}}"
+    assert advised(tmp_path, f"{STAGE}.curricula=[uniform]", chosen) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("gate: 1, gate_share: 0.5", "'gate' would have no effect beside 'gate_share'"),
+        ("gate: 1, soft: [[1, 1, 0]]", "'gate' would have no effect beside 'soft'"),
+        ("gate_share: 0.5, gate: 1, soft: [[1, 1, 0]]", "'gate_share' and 'gate' would have no effect beside 'soft'"),
+    ],
+)
+def test_one_gate_is_taken(tmp_path, options, message):
+    chosen = f"{STAGE}.algorithm.mixer={{name: hpt, {options}}}"
+    assert f"{message}; take one of them away" in only(write(tmp_path), overrides=(chosen,))
+
+
+def test_the_rate_of_a_gradient_that_runs_do_not_have_is_told_and_bounded(tmp_path):
+    chosen = f"{STAGE}.algorithm.mixer={{name: amft, meta_rate: %s}}"
+    (found,) = advised(tmp_path, chosen % "0.5")
+    assert "stages.1.algorithm.mixer.meta_rate: has no effect: no learner computes" in found
+    assert advised(tmp_path, chosen % "1e-4") == []
+    assert "meta_rate" in only(write(tmp_path), overrides=(chosen % "1e6",))
+
+
+def test_a_filter_that_shall_stop_the_run_beside_what_fills_it_up_is_told(tmp_path):
+    chosen = f"{STAGE}.curricula=[uniform, {{name: difficulty_filter, on_exhausted: %s}}, sample_buffer]"
+    (found,) = advised(tmp_path, chosen % "error")
+    assert "stages.1.curricula: 'difficulty_filter' has on_exhausted 'error', which has no effect" in found
+    assert "beside 'sample_buffer'" in found
+    assert advised(tmp_path, chosen % "short") == []

@@ -184,6 +184,10 @@ class Hpt:
         solved = [row[0] for row in self.soft or ()]
         if solved != sorted(set(solved)) or any(min(row) < 0 for row in self.soft or ()):
             raise UserError("hpt: the rows of 'soft' must rise in their first number, and nothing may be negative")
+        given = {"soft": self.soft is not None, "gate_share": self.gate_share is not None, "gate": self.gate > 0}
+        if len(chosen := [name for name, is_given in given.items() if is_given]) > 1:
+            others = " and ".join(f"'{name}'" for name in chosen[1:])
+            raise UserError(f"hpt: {others} would have no effect beside '{chosen[0]}'; take one of them away")
 
     def weights(self, solved: int, of: int) -> tuple[float, float]:
         """``(alpha, beta)`` of a prompt with so many solved rollouts out of ``of``."""
