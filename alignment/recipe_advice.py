@@ -1,7 +1,8 @@
 """Curricula that do not go together or not with the mixer, and controls that do nothing or not what was meant: what a
 recipe may not do, and what it may do and hardly should."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from alignment.algorithms.advantages import advantages
@@ -12,7 +13,8 @@ from alignment.algorithms.experimental_mixers import Amft
 from alignment.algorithms.mixers import Hpt, mixers
 from alignment.algorithms.policy_losses import Clip
 from alignment.algorithms.shuffled import Shuffled
-from alignment.curricula import curricula, remarks
+from alignment.algorithms.tokens import share_down
+from alignment.curricula import Curriculum, curricula, remarks
 from alignment.recipe_checks import Conflict
 from alignment.recipe_control import control_conflicts
 from alignment.recipe_tree import Place
@@ -42,6 +44,7 @@ def advice(recipe: "Recipe") -> Iterator[Conflict]:
         if stage.stage != "sft" and stage.stage != "reward_model" and stage.samples:
             place: Place = ("stages", index, "curricula")
             yield from (Conflict(place, text) for verdict, text in remarks(stage.curricula) if verdict == "warns")
+            yield from _without_exploration(stage.curricula, stage.prompts_per_step, place)
         if stage.stage == "online":
             here: Place = ("stages", index, "algorithm")
             yield from _starved(stage, here)
@@ -49,6 +52,19 @@ def advice(recipe: "Recipe") -> Iterator[Conflict]:
             yield from _asleep(stage.credited, here)
             yield from _other_clips(stage.credited, here)
             yield from _other_scales(stage.credited, here)
+
+
+def _without_exploration(chosen: Sequence[Curriculum], wanted: int, place: Place) -> Iterator[Conflict]:
+    """A share of prompts to explore with that is less than one prompt of those that a step chooses."""
+    for curriculum in reversed([c for c in chosen if hasattr(c, "select")]):
+        share = getattr(curriculum, "explore_frac", 0.0)
+        if share > 0 and not share_down(share, wanted):
+            message = (
+                f"explore_frac {share:g} of '{curricula.name_of(curriculum)}' is less than one of the {wanted} prompts "
+                f"that it chooses, so none explores: set it to {math.ceil(1000 / wanted) / 1000:g} or more"
+            )
+            yield Conflict(place, message)
+        wanted = getattr(curriculum, "candidates", int)(wanted)
 
 
 def _starved(stage: "OnlineStage", place: Place) -> Iterator[Conflict]:

@@ -96,3 +96,16 @@ def test_a_filter_that_shall_stop_the_run_beside_what_fills_it_up_is_told(tmp_pa
     assert "stages.1.curricula: 'difficulty_filter' has on_exhausted 'error', which has no effect" in found
     assert "beside 'sample_buffer'" in found
     assert advised(tmp_path, chosen % "short") == []
+
+
+def exploring(folder: Path, share: float, after: str = "") -> list[str]:
+    chosen = f"{STAGE}.curricula=[uniform, {{name: prompt_curriculum, explore_frac: {share}}}{after}]"
+    return advised(folder, chosen, f"{STAGE}.prompt_value=model")
+
+
+def test_a_share_to_explore_with_that_is_no_prompt_is_told(tmp_path):
+    (found,) = exploring(tmp_path, 0.1)
+    assert "stages.1.curricula: explore_frac 0.1 of 'prompt_curriculum' is less than one of the 8 prompts" in found
+    assert found.endswith("set it to 0.125 or more")
+    assert exploring(tmp_path, 0.125) == exploring(tmp_path, 0.0) == []
+    assert not any("none explores" in text for text in exploring(tmp_path, 0.1, ", {name: thompson, oversample: 2}"))

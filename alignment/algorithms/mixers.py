@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms.demonstrations import is_demonstration
+from alignment.algorithms.tokens import share_down
 from alignment.errors import UserError
 from alignment.registry import Registry, option
 from alignment.types import Batch, Context, Group, Prompt, Rollout, Signals, keyed_seed
@@ -194,8 +195,8 @@ class Hpt:
         if self.soft is not None:
             found = next(((a, b) for least, a, b in reversed(self.soft) if solved >= least), None)
             return found or (0.0, self.sft_coefficient)
-        imitates = solved <= self.gate if self.gate_share is None else solved <= self.gate_share * of
-        return (0.0, self.sft_coefficient) if imitates else (1.0, 0.0)
+        gate = self.gate if self.gate_share is None else share_down(self.gate_share, of)
+        return (0.0, self.sft_coefficient) if solved <= gate else (1.0, 0.0)
 
     def teaches(self, solved: int, of: int) -> bool:
         """Whether such a prompt is imitated."""
