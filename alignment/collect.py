@@ -276,8 +276,8 @@ def _short_allowed(curricula: Sequence[Curriculum]) -> bool:
 
 def _exhausted(accepted: int, wanted: int, sampled: int, dropped_by: Iterable[str]) -> str:
     by = ", ".join(f"{count} by {name}" for name, count in sorted(Counter(dropped_by).items())) or "none"
+    short = ", or set its on_exhausted to 'short'" if accepted else "; on_exhausted 'short' needs one group at least"
     return (
         f"only {accepted} of the {wanted} groups that a step needs were accepted after sampling {sampled} "
-        f"(dropped: {by}). Give the model prompts that it sometimes solves, raise the filter's max_refills, "
-        f"or set its on_exhausted to 'short'"
+        f"(dropped: {by}). Give the model prompts that it sometimes solves, or raise the filter's max_refills{short}"
     )

@@ -23,6 +23,7 @@ from alignment.recipe import ModelConfig, PreferenceStage, Recipe, RewardModelSt
 from alignment.recipe_folders import missing_folders
 from alignment.recipe_tree import Problem, RecipeError, dotted
 from alignment.registry import REGISTRIES
+from alignment.stage_checks import unfit_prompts
 from alignment.supervision import judgements_of, numbers
 from alignment.types import Prompt
 
@@ -96,6 +97,7 @@ def make_plan(recipe: Recipe, hardware: Hardware | None = None) -> Plan:
     model = recipe.located_model()
     data, problems = _data(recipe)
     problems += missing_folders(recipe) + _unjudged(recipe, data)
+    problems += unfit_prompts(recipe, data["train"].prompts) if "train" in data else []
     problems = problems or _lengths(recipe, model, data)
     if problems:
         raise RecipeError(problems)

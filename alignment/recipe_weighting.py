@@ -1,6 +1,6 @@
 """What a recipe says of weightings that cannot work, or that changes nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from alignment.recipe_tree import Conflict, Place
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def weighting_conflicts(recipe: "Recipe", stage: "OnlineStage", place: Place) -> Iterator[Conflict]:
-    """Names of rewards that there are not, and gradients of components where advantages are not their own."""
+    """Names of rewards that there are not, thresholds on all of them, and gradients of components where advantages are
+    not their own."""
     here: Place = (*place, "algorithm", "weighting")
     columns = [spec.column for spec in recipe.reward_specs]
     if "gram" in stage.credited.needs and "values" in stage.credited.needs:
@@ -23,6 +24,24 @@ def weighting_conflicts(recipe: "Recipe", stage: "OnlineStage", place: Place) ->
     if unknown and columns:
         message = f"names {', '.join(unknown)}, which is no reward of this recipe; there are {', '.join(columns)}"
         yield Conflict(here, message, (here, ("rewards",)))
+    if unlisted := [name for name in getattr(stage.credited.weighting, "unlisted", ()) if name not in columns]:
+        message = (
+            f"'minimise' and 'scales' name {', '.join(unlisted)}, and without 'objectives' there are only the rewards: "
+            f"list all of them, objectives: [{', '.join([*columns, *unlisted])}]"
+        )
+        yield Conflict(here, message, (here, ("rewards",)))
+    yield from _without_objective(stage, columns, here)
+
+
+def _without_objective(stage: "OnlineStage", columns: Sequence[str], here: Place) -> Iterator[Conflict]:
+    """Thresholds on all rewards, so that there is nothing left to maximise."""
+    thresholds = getattr(stage.credited.weighting, "thresholds", None)
+    if isinstance(thresholds, Mapping) and columns and set(columns) <= set(thresholds):
+        message = (
+            f"every reward has a threshold ({', '.join(columns)}), and one must be left to maximise: take a threshold "
+            "away, or add a reward"
+        )
+        yield Conflict((*here, "thresholds"), message, (here, ("rewards",)))
 
 
 def cautions(recipe: "Recipe") -> Iterator[str]:

@@ -37,6 +37,7 @@ from alignment.reward_modelling import train_reward_models, write_members
 from alignment.runs import Run, open_run, resolve
 from alignment.scoring import Scorer
 from alignment.signals import GracefulStop, Stopped
+from alignment.stage_checks import unfit_prompts, unknown_layers
 from alignment.supervision import check_supervised
 from alignment.trackers import make_sinks
 from alignment.types import TrainState, keyed_seed
@@ -125,6 +126,8 @@ def _run(
         origin = _origin(recipe, None if saved else init_from)
         model = origin.make(weights=any(_needs_weights(stage) for stage in recipe.stages))
         data = load_data(recipe, model, scorer)
+        if problems := unknown_layers(recipe, model.module) + unfit_prompts(recipe, data.train):
+            raise RecipeError(problems)
         check_demonstrations(recipe, data)
         check_supervised(recipe, data, model)
         check_pairs(recipe, data, max_positions(model.module))

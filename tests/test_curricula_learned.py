@@ -95,6 +95,9 @@ def test_a_share_explores_without_choosing_anything_twice():
     greedy, _ = PromptCurriculum().select(component.init(), made, 10, context)
     assert chosen[:7] == greedy[:7] and len({p.id for p in chosen}) == 10
     assert chosen == component.select(component.init(), made, 10, context)[0]
+    made, context, _ = table([i / 400 for i in range(400)])
+    chosen, greedy = (PromptCurriculum(explore_frac=f).select({}, made, 100, context)[0] for f in (0.29, 0.0))
+    assert chosen[:71] == greedy[:71] and chosen[71] != greedy[71], "29 of 100, though 28.999... in floats"
     explored = Counter(i for key in range(2000) for i in nearest(torch.arange(10.0), 0.0, 4, 2, key)[2:])
     assert set(explored) == set(range(2, 10)) and max(explored.values()) < 1.2 * min(explored.values())
 
@@ -231,7 +234,7 @@ def test_a_level_opens_when_the_one_before_is_solved_often_enough():
 
 
 def test_levels_are_numbers():
-    with pytest.raises(UserError, match="orders the column 'level' by number"):
+    with pytest.raises(UserError, match="by the numbers in their column 'level', and could not convert string"):
         LevelSchedule().select(LevelSchedule().init(), prompts(2, level=["easy", "hard"]), 1, AT)
 
 

@@ -65,7 +65,8 @@ def test_a_recipe_with_a_pair_is_refused_warned_of_or_fine(tmp_path, a, b):
     path, told = write(tmp_path), pair(a, b)
     for first, second in dict.fromkeys(permutations((a, b))):
         ordered = second not in DRAWERS or first in DRAWERS or first not in REFINERS
-        overrides = [f"stages.1.curricula=[{first}, {second}]", *NEEDED]
+        listed = f"{first}, {second}".replace("difficulty_filter", "{name: difficulty_filter, on_exhausted: short}")
+        overrides = [f"stages.1.curricula=[{listed}]", *NEEDED]
         found = problems(path, overrides=tuple(overrides))
         if told.verdict == "refused" or not ordered:
             assert len(found) == 1 and found[0].startswith("--set stages.1.curricula=["), found

@@ -344,6 +344,6 @@ def test_generalised_advantages_are_of_unit_scale_if_they_are_whitened(tmp_path)
 
 
 def test_advantages_of_a_mixer_take_the_place_of_others(tmp_path):
-    path = write(tmp_path)
+    path = write(tmp_path, BASE.replace(", difficulty_filter", ""))
     assert advised(path, "steer", "advantage=dr_grpo", "mixer=srft") == []
     assert len(advised(path, "steer", "advantage=dr_grpo", "mixer=hpt")) == 1

@@ -236,8 +236,10 @@ def test_the_bound_on_refills_holds_and_then_says_what_to_do():
     short = DifficultyFilter(low=0, high=1, max_refills=0, on_exhausted="short")
     sealed = collector(MIXED[:3], curricula=(Uniform(), short)).collect(FRESH)
     assert len(sealed.groups) == 1 and len(sealed.sampled) == 3
-    with pytest.raises(UserError, match="only 0 of the 3"):
+    with pytest.raises(UserError, match="only 0 of the 3 .*max_refills; on_exhausted 'short' needs one group"):
         collector(hopeless, curricula=(Uniform(), short)).collect(FRESH)
+    with pytest.raises(UserError, match="only 1 of the 3 .*max_refills, or set its on_exhausted to 'short'"):
+        collector(MIXED[:3], curricula=(Uniform(), replace(short, on_exhausted="error"))).collect(FRESH)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

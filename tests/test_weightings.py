@@ -42,6 +42,19 @@ def test_names_of_rewards_are_looked_up(tmp_path):
     assert "names brevity, which is no reward of this recipe; there are exact_match" in found
 
 
+@pytest.mark.parametrize("option", ["minimise: [length]", "scales: {length: 100}"])
+def test_a_measure_that_is_no_objective_is_refused(tmp_path, option):
+    """With no ``objectives`` these are the rewards, and a length would be minimised nowhere."""
+    chosen = f"{HERE}={{name: hypervolume, {option}}}"
+    found = only(write(tmp_path), overrides=(chosen, EVALUATED))
+    assert f"{HERE}: 'minimise' and 'scales' name length, and without 'objectives'" in found
+    assert found.endswith("objectives: [exact_match, length]")
+    listed = chosen.replace(option, f"objectives: [exact_match, length], {option}")
+    called_so = "rewards=[{name: format, pattern: x, as: length}]"
+    for overrides in ([listed], [chosen, called_so]):
+        load([write(tmp_path)], [EVALUATED, *overrides])
+
+
 def test_a_factor_that_does_nothing_is_warned_of(tmp_path):
     path = write(tmp_path, BASE)
 

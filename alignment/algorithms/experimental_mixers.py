@@ -61,7 +61,7 @@ class Amft:
     low: Annotated[float, option("smallest mu", ge=0, le=1)] = 0.05
     high: Annotated[float, option("largest mu", ge=0, le=1)] = 0.95
     entropy_rate: Annotated[float, option("of the entropy term", ge=0)] = 5e-4
-    meta_rate: Annotated[float, option("of the meta-gradient", ge=0)] = 1e-4
+    meta_rate: Annotated[float, option("of the meta-gradient, which runs do not have", ge=0, le=1)] = 1e-4
     target_entropy: Annotated[float | None, option("H*; null: that of the first step", unit="nats", ge=0)] = None
     sign: Annotated[Literal["intent", "printed"], option("H - H*, as the text means it, or H* - H")] = "intent"
 
@@ -136,6 +136,10 @@ class Grao(Joining):
     statistics: Annotated[
         Literal["rollouts", "all"], option("whose rewards make mean and std: without the demonstration, or with it")
     ] = "rollouts"
+
+    def teaches(self, solved: int, of: int) -> bool:
+        """Of rollouts that are all wrong alike, the deviation is 0 without the demonstration."""
+        return solved > 0 or self.statistics == "all"
 
     def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
         return shown[:1]

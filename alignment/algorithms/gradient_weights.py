@@ -1,6 +1,7 @@
 """Gradient-based weighting: components whose gradient helps the sum of all gain weight."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -61,6 +62,12 @@ class Gradient:
         str | None, option("regular expression that names of the weights to look at contain; null: all trained ones")
     ] = None
     accumulation: Annotated[int, option("batches whose scores are averaged for one step of the weights", ge=1)] = 1
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.layers or "")
+        except re.error as error:
+            raise UserError(f"layers: {self.layers!r} is no regular expression ({error}); try layers\\.1\\.") from error
 
     def init(self) -> dict[str, Any]:
         return {"weights": {}, "scores": {}, "batches": 0, "skipped": 0}

@@ -6,6 +6,7 @@ clip of one width clips unequally. For tokens, ``E_old[log rho] = -KL(old || pi)
 the spread depends on the position's entropy.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -38,7 +39,8 @@ class GrpoGuard:
     - ``ratio_scale: bin_std`` multiplies them by ``s_all / s_bin``, standard deviations of centred log-ratios (at
       least 1e-4), so that one clip range clips comparable shares everywhere;
     - ``balance`` weighs bins by ``mean_b' g_b' / g_b`` with ``g_b`` the mean of ``|A| (1 - pi)``, in place of the size
-      of the gradient by the logits; the weights are within [0.5, 2] and their mean over bins is 1.
+      of the gradient by the logits; the weights are within [0.5, 2] and their mean over bins is 1. Bins in which that
+      is 0 weigh 1 and are left out of both means.
 
     ``rho~`` is only asked whether the token is clipped, as ``clip`` asks rho; the surrogate is ``-rho A`` with the true
     ratio, and a clipped token keeps its value and loses its gradient. ``use_in_surrogate`` puts rho~ in the surrogate
@@ -124,20 +126,24 @@ def _bin_means(values_N: Tensor, bin_N: Tensor) -> Tensor:
 
 
 def balanced(pull: Tensor) -> Tensor:
-    """Weights of bins, in inverse proportion to their pulls, within [0.5, 2] and with mean 1; 1 where all pulls are 0.
+    """Weights of bins, in inverse proportion to their pulls, within [0.5, 2] and with mean 1.
 
     The proportion is the one at which the mean is 1 after the bounds, found by bisection: dividing by the mean
-    afterwards would leave the bounds. Bins that are empty (NaN) have no part in it.
+    afterwards would leave the bounds. Bins that are empty (NaN) or have no pull (0) weigh 1 and have no part in it:
+    otherwise they would take the largest weight, for nothing, from those that carry the gradient.
     """
-    known = ~pull.isnan()
-    weight = torch.ones_like(pull)
-    if not bool((pull[known] > 0).any()):
+    pulls, weight = pull > 0, torch.ones_like(pull)
+    if not bool(pulls.any()):
         return weight
-    inverse = pull[known].mean() / pull[known].clamp(min=torch.finfo(pull.dtype).tiny)
-    low, high = torch.full_like(inverse[0], -50.0), torch.full_like(inverse[0], 50.0)
+    log_inverse = -pull[pulls].log()
+    low, high = math.log(LEAST_WEIGHT) - log_inverse.max(), math.log(LARGEST_WEIGHT) - log_inverse.min()
     for _ in range(100):
         middle = (low + high) / 2
-        over = (middle + inverse.log()).clamp(-50, 50).exp().clamp(LEAST_WEIGHT, LARGEST_WEIGHT).mean() > 1
+        over = _bounded(middle + log_inverse).mean() > 1
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    weight[known] = ((low + high) / 2 + inverse.log()).clamp(-50, 50).exp().clamp(LEAST_WEIGHT, LARGEST_WEIGHT)
+    weight[pulls] = _bounded((low + high) / 2 + log_inverse)
     return weight
+
+
+def _bounded(log_weight: Tensor) -> Tensor:
+    return log_weight.exp().clamp(LEAST_WEIGHT, LARGEST_WEIGHT)

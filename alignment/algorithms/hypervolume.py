@@ -104,6 +104,11 @@ class Hypervolume:
         named = {*self.objectives, *self.minimise, *self.scales}
         return tuple(sorted(named - set(EVALUATED)))
 
+    @property
+    def unlisted(self) -> tuple[str, ...]:
+        """What options name beside empty ``objectives``, which are the rewards, and is none unless one is called so."""
+        return () if self.objectives else tuple(sorted({*self.minimise, *self.scales} & set(EVALUATED)))
+
     def init(self) -> dict[str, Any]:
         return {"objectives": [], "reference": None, "low": [], "high": [], "front": [], "latest": []} | {
             "meta": 1.0,

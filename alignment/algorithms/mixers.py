@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms.demonstrations import is_demonstration
+from alignment.algorithms.tokens import share_down
 from alignment.errors import UserError
 from alignment.registry import Registry, option
 from alignment.types import Batch, Context, Group, Prompt, Rollout, Signals, keyed_seed
@@ -36,6 +37,8 @@ class Mixer(Protocol):
     scored by the recipe's rewards before they are credited (those whose rewards fail are left out).
     ``asks(group) -> bool``: whether it would use a demonstration of this prompt; prompts without one are counted, and a
     data set in which none has one is refused.
+    ``teaches(solved, of) -> bool``: whether a demonstration counts in a group of which so many rollouts are solved;
+    loading a recipe warns where a filter drops those groups before the mixer sees them.
     ``advantages(state, batch) -> adv_BT``: takes the place of those that ``batch`` was credited with.
     ``shaping: float | None``: gamma of ``p / (p + gamma)`` in rows of ratio base ``one``.
     ``slots``: those beside ``rl`` that it may route to, each an optimizer more in memory; ``lr_ratio: float``: their
@@ -75,6 +78,10 @@ class Joining:
 
     def asks(self, group: Group) -> bool:
         """Of every prompt."""
+        return True
+
+    def teaches(self, solved: int, of: int) -> bool:
+        """Most of all where no rollout is right, since the demonstration is."""
         return True
 
     def joins(self, shown: Sequence[Rollout]) -> Sequence[Rollout]:
@@ -178,19 +185,27 @@ class Hpt:
         solved = [row[0] for row in self.soft or ()]
         if solved != sorted(set(solved)) or any(min(row) < 0 for row in self.soft or ()):
             raise UserError("hpt: the rows of 'soft' must rise in their first number, and nothing may be negative")
+        given = {"soft": self.soft is not None, "gate_share": self.gate_share is not None, "gate": self.gate > 0}
+        if len(chosen := [name for name, is_given in given.items() if is_given]) > 1:
+            others = " and ".join(f"'{name}'" for name in chosen[1:])
+            raise UserError(f"hpt: {others} would have no effect beside '{chosen[0]}'; take one of them away")
 
     def weights(self, solved: int, of: int) -> tuple[float, float]:
         """``(alpha, beta)`` of a prompt with so many solved rollouts out of ``of``."""
         if self.soft is not None:
             found = next(((a, b) for least, a, b in reversed(self.soft) if solved >= least), None)
             return found or (0.0, self.sft_coefficient)
-        imitates = solved <= self.gate if self.gate_share is None else solved <= self.gate_share * of
-        return (0.0, self.sft_coefficient) if imitates else (1.0, 0.0)
+        gate = self.gate if self.gate_share is None else share_down(self.gate_share, of)
+        return (0.0, self.sft_coefficient) if solved <= gate else (1.0, 0.0)
+
+    def teaches(self, solved: int, of: int) -> bool:
+        """Whether such a prompt is imitated."""
+        return self.weights(solved, of)[1] > 0
 
     def asks(self, group: Group) -> bool:
         """Whether the prompt is to be imitated."""
         verdicts = [verdict for r in group.rollouts if (verdict := r.correct) is not None]
-        return bool(verdicts) and self.weights(sum(verdicts), len(verdicts))[1] > 0
+        return bool(verdicts) and self.teaches(sum(verdicts), len(verdicts))
 
     def route(
         self, state: Any, groups: Sequence[Group], demonstrations: Demonstrations, context: Context

@@ -14,8 +14,12 @@ Each does at least one of four things:
 ``replay(state, need, context) -> groups``
     At most ``need`` groups of earlier batches, when a batch is still short.
 
+``fits(prompts)``, optional, raises UserError where one that selects cannot work on a data set. It is asked when a
+recipe is checked and before the first stage.
+
 State is explicit, as for every component: ``init() -> state`` and ``observe(state, signals) -> state``, where the
-signals hold *all* sampled groups, kept or not. Optional: ``metrics(state)``, numbers to log.
+signals hold *all* sampled groups, kept or not. Optional: ``metrics(state)``, numbers to log; ``keeps_rate(rate)``,
+whether ``keep`` lets a group with this share of correct rollouts pass, for advice on what goes with a filter.
 """
 
 from typing import Protocol, runtime_checkable

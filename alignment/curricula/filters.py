@@ -67,6 +67,10 @@ class DifficultyFilter:
         rewards = group.rewards
         return len(set(rewards)) > 1 and self._inside(math.fsum(rewards) / len(rewards))
 
+    def keeps_rate(self, rate: float) -> bool:
+        """Whether it keeps a group with this share of correct rollouts, where a reward is 1 if correct and else 0."""
+        return self._inside(rate) and (self.measure == "pass_rate" or 0 < rate < 1)
+
     def _inside(self, value: float) -> bool:
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high

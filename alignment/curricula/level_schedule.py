@@ -34,6 +34,10 @@ class LevelSchedule:
     window: Annotated[int, option("groups of the newest level that it is taken over", unit="groups", ge=1)] = 64
     newest: Annotated[float, option("share of prompts from the newest level, where others are open", gt=0, le=1)] = 0.5
 
+    def fits(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError where the column is not in every prompt, or holds no numbers."""
+        _levels(prompts, self.by)
+
     def init(self) -> dict[str, Any]:
         """``levels`` is not known before the data is seen; ``rates`` are the latest of the newest open level."""
         return {"levels": [], "open": self.start, "rates": [], "cursors": {}, "draws": 0}
@@ -75,7 +79,9 @@ def _by_number(prompts: Sequence[Prompt], by: str) -> Mapping[str, np.ndarray[An
     try:
         return {level: arms[level] for level in sorted(arms, key=float)}
     except ValueError as error:
-        raise UserError(f"curricula: level_schedule orders the column {by!r} by number: {error}") from error
+        raise UserError(
+            f"level_schedule orders prompts by the numbers in their column {by!r}, and {error}: name another in 'by'"
+        ) from error
 
 
 _levels = OfPrompts(_by_number)

@@ -82,7 +82,7 @@ def arm_of(prompt: Prompt, by: Sequence[str]) -> str:
         return "+".join([str(prompt.row[column]) for column in by])
     except KeyError as error:
         where = prompt.origin or prompt.id
-        raise UserError(f"curricula: {where} has no column {error}; its columns are: {', '.join(prompt.row)}") from None
+        raise UserError(f"{where} has no column {error}; its columns are: {', '.join(prompt.row)}") from None
 
 
 def _arms(prompts: Sequence[Prompt], by: tuple[str, ...]) -> Mapping[str, np.ndarray[Any, Any]]:

@@ -81,7 +81,8 @@ def pair(a: str, b: str) -> Pair:
 
 
 def remarks(chosen: Sequence[Curriculum]) -> Iterator[tuple[Verdict, str]]:
-    """What is to be said of a list: of each pair that does not just work, and of a buffer with nothing to fill."""
+    """What is to be said of a list: of each pair that does not just work, of a buffer with nothing to fill, and of
+    an ``on_exhausted`` that another one overrules."""
     names = [curricula.name_of(c.of if isinstance(c, Shuffled) else c) for c in chosen]
     for a, b in dict.fromkeys(combinations(names, 2)):
         found = pair(a, b)
@@ -89,3 +90,11 @@ def remarks(chosen: Sequence[Curriculum]) -> Iterator[tuple[Verdict, str]]:
             yield found.verdict, f"'{a}' with '{b}': {found.why}"
     if "sample_buffer" in names and not any(hasattr(c, "keep") for c in chosen):
         yield "warns", "'sample_buffer' does nothing where no filter leaves a batch short: add difficulty_filter"
+    short = [curricula.name_of(c) for c in chosen if getattr(c, "on_exhausted", None) == "short"]
+    stops = [curricula.name_of(c) for c in chosen if getattr(c, "on_exhausted", None) == "error"]
+    if short and stops:
+        yield (
+            "warns",
+            f"'{stops[0]}' has on_exhausted 'error', which has no effect beside '{short[0]}': that one lets short "
+            "batches be trained on; set on_exhausted: short here too",
+        )

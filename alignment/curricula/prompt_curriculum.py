@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from alignment.algorithms.tokens import share_down
 from alignment.curricula.contract import curricula
 from alignment.curricula.orders import distinct
 from alignment.curricula.outcomes import mean_reward
@@ -62,7 +63,7 @@ class PromptCurriculum:
         role = context.roles[ROLE]
         values_C = role.values(prompts).double()
         key = keyed_seed("explore", context.seed, context.step, prompts[0].id)
-        picked = nearest(values_C, self.target, n, int(self.explore_frac * n), key)
+        picked = nearest(values_C, self.target, n, share_down(self.explore_frac, n), key)
         means = {"chosen": float(values_C[picked].mean()), "candidates": float(values_C.mean())}
         return [prompts[i] for i in picked], {**state, "version": role.version, **means}
 

@@ -33,7 +33,8 @@ class SampleBuffer:
     counted from its oldest token. The state holds numbers only; the groups lie in the run's folder (``archive``).
 
     It fills what a filter leaves open and filters nothing itself: put ``difficulty_filter`` beside it, with
-    ``max_refills: 0`` to replay in place of sampling more, or above that to replay after sampling more.
+    ``max_refills: 0`` to replay in place of sampling more, or above that to replay after sampling more, and with
+    ``on_exhausted: short``, since a batch stays short where the buffer has not enough.
     """
 
     on_exhausted: ClassVar[str] = "short"

@@ -56,6 +56,10 @@ class SelfEvolving:
     normalise: Annotated[Literal["std", "none"], option("divide by the group's standard deviation, or do not")] = "std"
     std: Annotated[Literal["sample", "population"], option("divisor of the variance: G - 1 or G")] = "sample"
 
+    def fits(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError where a prompt lacks one of the columns."""
+        arms_of(prompts, self.by)
+
     def init(self) -> dict[str, Any]:
         """No arm is known; ``draws`` counts calls and keys the next."""
         return {"q": {}, "cursors": {}, "draws": 0}

@@ -107,7 +107,7 @@ def test_a_clipped_token_has_no_gradient(make_batch):
     assert gradient_BT[1, 1:].ne(0).all()
 
 
-@pytest.mark.parametrize("pull", [[1.0, 2.0, 4.0], [1e-3, 1.0, 1.0, 1.0, 1.0], [5.0, 0.0, 1.0], [3.0, 3.1]])
+@pytest.mark.parametrize("pull", [[1.0, 2.0, 4.0], [1e-3, 1.0, 1.0, 1.0, 1.0], [5.0, 1e-30, 1.0], [3.0, 3.1]])
 def test_weights_of_bins_have_mean_1_within_their_bounds(pull):
     weight = balanced(torch.tensor(pull).double())
     assert float(weight.mean()) == pytest.approx(1.0, abs=1e-9)
@@ -124,6 +124,10 @@ def test_a_single_bin_and_bins_without_a_pull_weigh_1(make_batch):
     assert balanced(torch.tensor([0.3]).double()).tolist() == pytest.approx([1.0])
     assert balanced(torch.zeros(3).double()).tolist() == [1.0] * 3
     assert balanced(torch.tensor([math.nan, 2.0]).double()).tolist() == pytest.approx([1.0, 1.0])
+    assert balanced(torch.tensor([0.0, 0.0, 1.0, 1.0]).double()).tolist() == pytest.approx([1.0] * 4)
+    among = balanced(torch.tensor([0.0, 1.0, 1.25, math.nan, 1.6]).double())
+    alone = balanced(torch.tensor([1.0, 1.25, 1.6]).double())
+    assert among.tolist() == pytest.approx([1.0, float(alone[0]), float(alone[1]), 1.0, float(alone[2])])
     moved_BT, adv_BT = noise()
     metrics = guarded(make_batch, GrpoGuard(bins=1), moved_BT, adv_BT)[2]
     assert metrics["guard_weight"] == pytest.approx(1.0)

@@ -78,6 +78,11 @@ def test_the_gate_by_share_counts_verdicts_alone(rewards, imitated):
     assert Hpt(gate_share=0.25).asks(group(0, *rewards)) is imitated
 
 
+def test_the_gate_by_share_is_a_share_whatever_floats_make_of_it():
+    assert 0.29 * 100 < 29
+    assert Hpt(gate_share=0.29).teaches(29, 100) and not Hpt(gate_share=0.29).teaches(30, 100)
+
+
 def test_a_group_without_a_verdict_is_left_as_it_is():
     asked = group(0, None, None)
     assert Hpt().route(None, [asked], shown(asked), AT)["rl"] == [asked]
