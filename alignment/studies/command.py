@@ -86,7 +86,7 @@ def _run(plan: Study, page: Path | None, before: str | None, workers: int, conso
 
 
 def _identity(plan: Study) -> dict[str, Any]:
-    return {"claim_sha256": plan.read.sha256, "digest": digest_of(plan)}
+    return {"claim_sha256": plan.read.sha256, "digest": digest_of(plan), "data": plan.data}
 
 
 def _refuse_another_claim(plan: Study) -> None:
@@ -103,9 +103,10 @@ def _refuse_another_claim(plan: Study) -> None:
             f"measured; {remedy}"
         )
     if known["digest"] != own["digest"]:
-        raise UserError(
-            f"the recipe {plan.read.recipe}, or a module beside it, is not what {plan.folder} was begun with; {remedy}"
-        )
+        sections = sorted({*known.get("data", ()), *plan.data})
+        changed = [f"data.{name}" for name in sections if known.get("data", {}).get(name) != plan.data.get(name)]
+        what = " and ".join(changed) if changed else f"the recipe {plan.read.recipe}, or a module beside it,"
+        raise UserError(f"{what} is not what {plan.folder} was begun with; {remedy}")
 
 
 def _list(plan: Study, cells: Cells | None, console: Console) -> None:

@@ -15,7 +15,7 @@ from alignment.recipe_tree import Mark, Place, Problem, RecipeError
 from alignment.reward_registry import RewardSpec
 from alignment.studies.claim import Claim, ReadClaim
 from alignment.studies.cost import Sizes, sizes_of
-from alignment.studies.sources import sources
+from alignment.studies.sources import data_of, sources
 
 Kind = Literal["warm-up", "tune", "report", "control"]
 QUICK_STEPS = 2
@@ -86,6 +86,11 @@ class Study:
         """SHA-256 of the recipe and of what the arms bring of their own, by path from there."""
         self.described()  # loads what is to be hashed
         return sources(self.read.recipe)
+
+    @cached_property
+    def data(self) -> dict[str, list[str]]:
+        """SHA-256 of the rows of each section of ``data``."""
+        return data_of(self._loaded(arm, point) for arm in self.claim.arms for point in range(len(self.grid)))
 
     def warm_ups(self) -> list[Task]:
         """One for each seed, if there is a warm-up."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from alignment.cli import app
@@ -156,6 +157,24 @@ def test_a_claim_that_was_changed_is_refused(whole, tmp_path):
     recipe = claim.with_name("tiny.yaml")
     recipe.write_text(recipe.read_text().replace("steps: 4", "steps: 5"))
     assert "is not what" in invoke(claim, *whole.options(), code=2)
+
+
+def test_data_that_was_changed_is_refused(tmp_path):
+    """The same claim, recipe and file name, and other answers."""
+    claim, held_out = write_claim(tmp_path, {"tune": None}), tmp_path / "eval.jsonl"
+    recipe = YAML(typ="safe").load(claim.with_name("tiny.yaml"))
+    recipe["data"]["eval"] = {"name": "dataset", "path": held_out.name}
+    with claim.with_name("tiny.yaml").open("w") as file:
+        YAML().dump(recipe, file)
+    held_out.write_text('{"prompt": "1+2=", "answer": "3"}\n')
+    begun = Study(read_claim(claim), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    known = {"claim_sha256": begun.read.sha256, "digest": digest_of(begun), "data": begun.data}
+    (tmp_path / "out" / "claim.json").write_text(json.dumps(known))
+    assert "to do" in invoke(claim, "--out", tmp_path / "out", "--dry-run")
+    held_out.write_text('{"prompt": "1+2=", "answer": "4"}\n')
+    assert "data.eval is not what" in invoke(claim, "--out", tmp_path / "out", "--dry-run", code=2)
+    assert digest_of(Study(read_claim(claim), tmp_path / "out")) != known["digest"]
 
 
 def test_where_the_regime_is_not_reached_or_a_control_failed_no_claim_holds(whole, tmp_path):
