@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from rich.console import Console
 from alignment.durable import replace_file
 from alignment.errors import UserError
 from alignment.runs import Run
+from alignment.signals import EXIT_CODES
 from alignment.studies import report
 from alignment.studies.cells import Cells
 from alignment.studies.claim import read_claim
@@ -64,7 +69,8 @@ def _run(plan: Study, page: Path | None, before: str | None, workers: int, conso
         console.print(f"{time.monotonic() - begun:6.0f} s  {line}", markup=False)
 
     try:
-        chosen = execute(plan, cells, workers, say)
+        with _sigterm_interrupts():
+            chosen = execute(plan, cells, workers, say)
     except (Interrupted, KeyboardInterrupt) as stop:
         console.print(f"stopped; what is finished is in {plan.folder}, and the same command goes on", markup=False)
         return getattr(stop, "exit_code", 130)
@@ -83,6 +89,27 @@ def _run(plan: Study, page: Path | None, before: str | None, workers: int, conso
     console.print(f"written: {', '.join(map(str, written))}", markup=False)
     console.print(results["verdict"] if plan.quick else f"verdict: {results['verdict']}", markup=False)
     return 0
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """The first SIGTERM raises :class:`Interrupted` inside, where the program stands; later ones have no effect.
+
+    A run that is under way in this process has a handler of its own, which saves first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Interrupted(EXIT_CODES["SIGTERM"])
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _identity(plan: Study) -> dict[str, Any]:

@@ -3,7 +3,12 @@
 import copy
 import hashlib
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +17,10 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from alignment.checkpoint import Checkpoints
 from alignment.cli import app
 from alignment.ledger import Verdicts
+from alignment.runs import Run
 from alignment.studies import running
 from alignment.studies.cells import Cells
 from alignment.studies.claim import read_claim
@@ -254,6 +261,33 @@ def test_several_runs_at_a_time_give_the_same_numbers(whole, tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
     known = {(cell["arm"], cell["seed"]): cell["curve"] for cell in whole.results["cells"]}
     assert all(known[cell["arm"], cell["seed"]] == cell["curve"] for cell in found if cell["arm"] != "zero")
+
+
+@pytest.mark.full  # three processes that import torch
+def test_sigterm_ends_the_workers_and_keeps_the_state(tmp_path):
+    """To the command alone, as a scheduler sends it; a worker that lived on would hold the lock of its run."""
+    change = {"tune": None, "controls": [], "gate": []}
+    claim, runs = write_claim(tmp_path, change), [Run(tmp_path / "out" / "runs" / f"warm-up.{seed}") for seed in (1, 2)]
+    recipe = claim.with_name("tiny.yaml")
+    recipe.write_text(recipe.read_text().replace("steps: 3", "steps: 100000"))
+    command = [sys.executable, "-m", "alignment", "study", claim.name, "--out", "out", "--workers", "2"]
+    with (tmp_path / "told").open("w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while not all(read_lines(run.folder) for run in runs):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "told").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    told = (tmp_path / "told").read_text()
+    assert process.returncode == 75 and "the same command goes on" in told and "Traceback" not in told
+    for run in runs:
+        with run.locked("it is free"):
+            assert Checkpoints(run.checkpoints).latest(pytest.fail) is not None
 
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*/claim.yaml"))
