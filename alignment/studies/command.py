@@ -5,7 +5,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def study(claim: Path, out: Path | None, docs: Path, quick: bool, dry_run: bool,
         UserError: The claim or a recipe is wrong, or the claim is not the one that was begun with.
     """
     read = read_claim(claim)
+    _refuse_files({"--docs": docs} | ({} if out is None else {"--out": out}))
     folder = out or Path("runs") / "studies" / (read.name + "-quick" * quick)
     plan = Study(read, folder, quick)
     plan.check()
@@ -110,6 +111,13 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_files(folders: Mapping[str, Path]) -> None:
+    for option, folder in folders.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"{option} {folder}: {there} is a file, and this is to be a folder; name another")
 
 
 def _identity(plan: Study) -> dict[str, Any]:

@@ -249,9 +249,19 @@ def test_quick_gives_no_verdict_and_publishes_nothing_and_a_gate_is_told(tmp_pat
 
 def test_what_a_user_can_mend_is_told_without_a_traceback(tmp_path):
     assert "no such file" in invoke(tmp_path / "none.yaml", code=2)
-    claim = write_claim(tmp_path, {"budget": {"steps": 9}, "controls": []})
+    claim = write_claim(tmp_path, {"budget": {"steps": None, "tokens": 1e6}, "controls": []})
     told = invoke(claim, "--out", tmp_path / "out", code=2)
-    assert "small.yaml:" in told and "ended at 4 of 9 steps" in told
+    assert "small.yaml:" in told and "of 1e+06 tokens" in told
+    for option in ("--out", "--docs"):
+        assert f"{option} {claim}: {claim} is a file" in invoke(claim, option, claim, "--dry-run", code=2)
+
+
+def test_a_gate_on_a_metric_that_is_none_is_told_after_the_first_run_that_is_measured(tmp_path):
+    gate = [{"arm": "bonus", "metric": "entropi", "at_most": 1.0}]
+    claim = write_claim(tmp_path, {"gate": gate, "report_seeds": [1, 2]})
+    told = invoke(claim, "--out", tmp_path / "out", code=2)
+    assert "small.yaml:" in told and "no run of arm 'bonus' has a metric 'entropi'" in told and "entropy" in told
+    assert {path.name.split(".")[0] for path in (tmp_path / "out" / "runs").iterdir()} == {"warm-up", "bonus"}
 
 
 @pytest.mark.full  # two processes that import torch
