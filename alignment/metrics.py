@@ -193,6 +193,15 @@ def read_tokens(batch: Batch, shares_policy: bool = False) -> dict[str, float]:
     return {f"read_tokens/{name}": tokens for name, passed in done.items() if passed}
 
 
+def read_again(read: Mapping[str, float], update: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a learner's ``update`` with ``read`` of :func:`read_tokens`, to which are added the tokens that the
+    policy read between the update's steps."""
+    found = {**update, **read}
+    if again := found.pop("read_tokens", 0.0):
+        found["read_tokens/policy"] = read.get("read_tokens/policy", 0.0) + again
+    return found
+
+
 @dataclass
 class Phases:
     """Adds up the seconds of each phase of a step: ``with phases("sample"): ...``."""

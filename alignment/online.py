@@ -19,7 +19,7 @@ from alignment.evaluation.evaluate import Evaluation
 from alignment.flight import Watched
 from alignment.guidance import guided_metrics
 from alignment.job import Job
-from alignment.metrics import read_tokens, summarise
+from alignment.metrics import read_again, read_tokens, summarise
 from alignment.mixing import awake, mix, supervision
 from alignment.offline import supervise
 from alignment.recipe import RolloutStage
@@ -61,9 +61,9 @@ def train_online(job: Job, stage: RolloutStage, state: TrainState) -> TrainState
         with phases("update"), job.meanwhile(collector.pump):
             gram_KK, read_back = _gram(job, algorithm, batch, objective)
             watched = Watched(objective) if objective and job.engines.in_process else objective
-            metrics = learner.update(batch, watched) | batch_metrics(batch) | advantage_metrics(batch)
+            metrics = read_again(read, learner.update(batch, watched)) | batch_metrics(batch) | advantage_metrics(batch)
             metrics |= _taught(job, mixer, slots, state.step) | read_back
-        metrics |= job.publish(sealed.state.step + 1) | read | {"staleness": float(lag)}
+        metrics |= job.publish(sealed.state.step + 1) | {"staleness": float(lag)}
         evaluation = job.evaluate_if_due(sealed.state.step + 1)
         with phases("record"):
             before = job.evaluations.get(sealed.state.step)

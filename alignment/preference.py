@@ -11,7 +11,7 @@ from alignment.algorithms.state import observe, report
 from alignment.collect import Collector, Sealed
 from alignment.engines.roles import handles, passed
 from alignment.job import Job
-from alignment.metrics import read_tokens, summarise
+from alignment.metrics import read_again, read_tokens, summarise
 from alignment.offline import batches
 from alignment.pairings import compared
 from alignment.recipe import PreferenceStage
@@ -98,7 +98,7 @@ def _update(
         batch = batch if cache is None else cache.filled(batch, pairs)
     job.settled = False
     with job.phases("update"):
-        return batch, learner.update(batch, objective) | read
+        return batch, read_again(read, learner.update(batch, objective))
 
 
 def _given(job: Job, stage: PreferenceStage) -> Feed:

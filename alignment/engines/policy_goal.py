@@ -59,6 +59,18 @@ class PolicyObjective(Goal, Protocol):
         ...
 
 
+@dataclass
+class Reader:
+    """Annotates, and counts the tokens that it reads for it, prompts included."""
+
+    annotate: Callable[[Batch, Collection[str]], Batch]
+    tokens: int = 0
+
+    def __call__(self, batch: Batch, needs: Collection[str]) -> Batch:
+        self.tokens += int(batch.length_B.sum())
+        return self.annotate(batch, needs)
+
+
 @dataclass(frozen=True)
 class PolicyGoal:
     """The objective with the policy's forward pass in front of it, and the loss of a critic that shares it."""

@@ -17,7 +17,7 @@ from alignment.engines.learner_files import restore_learner, save_learner
 from alignment.engines.logprobs import evaluating
 from alignment.engines.masked_goal import goal_of
 from alignment.engines.optimizer import Slot, step_metrics
-from alignment.engines.policy_goal import PASS_NEEDS, PolicyGoal, PolicyObjective, fields_of_pass
+from alignment.engines.policy_goal import PASS_NEEDS, PolicyGoal, PolicyObjective, Reader, fields_of_pass
 from alignment.engines.roles import Goal, RoleSpec, TrainedRole
 from alignment.engines.value_roles import Roles, prompt_batch
 from alignment.types import Batch, keyed_seed
@@ -215,8 +215,9 @@ class PolicyLearner:
             means over them, ``lr``, ``tokens`` trained on (again in every epoch), ``update_norm`` if the objective
             asks (how far the policy's trained weights moved, as the model computes with them), and counts:
             ``optimizer_steps``, ``skipped_steps`` (not finite), ``empty_minibatches`` (nothing to train on, so no
-            step), ``fitted_tokens`` (of whole rows, prompts included, that a pass went over and back). A role's are
-            prefixed ``NAME/``; what learns masks of tokens has ``masks/grad_norm``.
+            step), ``fitted_tokens`` (of whole rows, prompts included, that a pass went over and back) and, where
+            mini-batches were read again before their steps, ``read_tokens`` (of whole rows). A role's are prefixed
+            ``NAME/``; what learns masks of tokens has ``masks/grad_norm``.
 
         Raises:
             FloatingPointError: Too many steps in a row had no finite numbers.
@@ -232,12 +233,14 @@ class PolicyLearner:
         with self._training():
             if objective is not None:
                 head = self.roles.head if slot == MAIN_SLOT else None
-                plain = PolicyGoal(self.backend, objective, self.annotate, own.counts, head)
+                reader = Reader(self.annotate)
+                plain = PolicyGoal(self.backend, objective, reader, own.counts, head)
                 policy = goal_of(plain, self._reference_weights, self.roles)
                 before = self.backend.keep() if objective.update_norm else None
                 policy.begin()
                 found = self._fit(slot, policy, policy.loss, batch, own, self.backend, objective.lr_factor)
                 metrics |= {"tokens": 0.0} | found | policy.end(found)
+                metrics |= {"read_tokens": float(reader.tokens)} if reader.tokens else {}
                 if before is not None:
                     metrics["update_norm"] = self.backend.distance(before)
             for name, role in self.roles.items() if slot == MAIN_SLOT else ():

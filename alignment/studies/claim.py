@@ -78,7 +78,8 @@ class Gate(Section):
 
     arm: Label
     metric: Text
-    """Of ``metrics.jsonl``; of evaluations as ``eval/NAME``; ``measure``: the score that the measure is taken of."""
+    """Of ``metrics.jsonl``; of evaluations as ``eval/NAME``; ``measure``: the score that the measure is taken of. What
+    a run logs is known when one has ended: a wrong name is told after the first one of the arm."""
     when: Literal["first", "last", "mean", "highest", "ratio", "fall"] = "mean"
     """``ratio`` is the last over the first, ``fall`` the highest less the last."""
     at_least: float | None = None
@@ -231,6 +232,8 @@ def _conflicts(claim: Claim) -> list[tuple[Place, str]]:
     for i, gate in enumerate(claim.gate):
         if gate.at_least is None and gate.at_most is None:
             found.append((("gate", i), "needs at_least, at_most or both"))
+        elif gate.at_least is not None and gate.at_most is not None and gate.at_least > gate.at_most:
+            found.append((("gate", i, "at_least"), f"is above at_most ({gate.at_most:g}), which no value can meet"))
     found += _seed_conflicts(claim)
     for name in claim.arms if claim.tune else ():
         for key in claim.arms[name].set.keys() & (claim.tune.grid.keys() if claim.tune else set()):

@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import signal
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from rich.console import Console
 from alignment.durable import replace_file
 from alignment.errors import UserError
 from alignment.runs import Run
+from alignment.signals import EXIT_CODES
 from alignment.studies import report
 from alignment.studies.cells import Cells
 from alignment.studies.claim import read_claim
@@ -36,6 +41,7 @@ def study(claim: Path, out: Path | None, docs: Path, quick: bool, dry_run: bool,
         UserError: The claim or a recipe is wrong, or the claim is not the one that was begun with.
     """
     read = read_claim(claim)
+    _refuse_files({"--docs": docs} | ({} if out is None else {"--out": out}))
     folder = out or Path("runs") / "studies" / (read.name + "-quick" * quick)
     plan = Study(read, folder, quick)
     plan.check()
@@ -64,7 +70,8 @@ def _run(plan: Study, page: Path | None, before: str | None, workers: int, conso
         console.print(f"{time.monotonic() - begun:6.0f} s  {line}", markup=False)
 
     try:
-        chosen = execute(plan, cells, workers, say)
+        with _sigterm_interrupts():
+            chosen = execute(plan, cells, workers, say)
     except (Interrupted, KeyboardInterrupt) as stop:
         console.print(f"stopped; what is finished is in {plan.folder}, and the same command goes on", markup=False)
         return getattr(stop, "exit_code", 130)
@@ -85,8 +92,36 @@ def _run(plan: Study, page: Path | None, before: str | None, workers: int, conso
     return 0
 
 
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """The first SIGTERM raises :class:`Interrupted` inside, where the program stands; later ones have no effect.
+
+    A run that is under way in this process has a handler of its own, which saves first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Interrupted(EXIT_CODES["SIGTERM"])
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_files(folders: Mapping[str, Path]) -> None:
+    for option, folder in folders.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"{option} {folder}: {there} is a file, and this is to be a folder; name another")
+
+
 def _identity(plan: Study) -> dict[str, Any]:
-    return {"claim_sha256": plan.read.sha256, "digest": digest_of(plan)}
+    return {"claim_sha256": plan.read.sha256, "digest": digest_of(plan), "data": plan.data}
 
 
 def _refuse_another_claim(plan: Study) -> None:
@@ -103,9 +138,10 @@ def _refuse_another_claim(plan: Study) -> None:
             f"measured; {remedy}"
         )
     if known["digest"] != own["digest"]:
-        raise UserError(
-            f"the recipe {plan.read.recipe}, or a module beside it, is not what {plan.folder} was begun with; {remedy}"
-        )
+        sections = sorted({*known.get("data", ()), *plan.data})
+        changed = [f"data.{name}" for name in sections if known.get("data", {}).get(name) != plan.data.get(name)]
+        what = " and ".join(changed) if changed else f"the recipe {plan.read.recipe}, or a module beside it,"
+        raise UserError(f"{what} is not what {plan.folder} was begun with; {remedy}")
 
 
 def _list(plan: Study, cells: Cells | None, console: Console) -> None:

@@ -5,7 +5,8 @@ under LoRA, whose frozen weights need no gradient), with N the weights of its li
 looking an embedding up costs nothing, and attention over earlier tokens is left out. Counted are
 
 - sampling: every prompt and completion token of every rollout, dropped ones too, a prompt once for each rollout;
-- reading: old log-probabilities and entropies, the reference, values, and values of prompts for curricula that ask;
+- reading: old log-probabilities and entropies, those of mini-batches between the steps of an update, the reference,
+  values, and values of prompts for curricula that ask;
 - learning: every token of the rows, prompts included, again in every epoch: of the policy and of value models; and once
   for each reward component where a weighting asks for the inner products of their gradients;
 - validation: every prompt and completion token.

@@ -85,8 +85,10 @@ def measured(
     need = measure.pass_at
     judged = [id_ for id_ in verdicts[steps[0]] if all(verdicts[step][id_].judged >= need for step in steps)]
     ids = [id_ for id_ in judged if fnmatchcase(id_, measure.problems)]
+    if not judged:
+        raise UserError(f"no held-out problem of {run} has {need} judged samples in every evaluation: its reward fails")
     if not ids:
-        raise UserError(f"measure.problems: no held-out problem matches '{measure.problems}' (ids: {judged[:3]})")
+        raise UserError(f"measure.problems: no judged problem of {run} matches '{measure.problems}' ({judged[:3]})")
     accuracy = [fmean(verdicts[s][id_].correct / verdicts[s][id_].judged for id_ in judged) for s in steps]
     score_EP = np.array([[_score(verdicts[s][id_], measure) for id_ in ids] for s in steps])
     x = [getattr(at.get(step, Cost()), unit) for step in steps]
@@ -111,6 +113,21 @@ def gate_value(lines: Sequence[Mapping[str, Any]], gate: Gate, scores: Sequence[
     """The metric of a gate in one run, whose evaluations have ``scores``.
 
     Raises:
+        ValueError: No line has it, or it has no ratio.
+    """
+    found = gate_series(lines, gate, scores)
+    if gate.when == "ratio":
+        if found[0] <= 0:
+            raise ValueError(f"'{gate.metric}' of arm '{gate.arm}' begins at {found[0]:g}, of which there is no ratio")
+        return found[-1] / found[0]
+    values = {"first": found[0], "last": found[-1], "mean": fmean(found), "highest": max(found)}
+    return values.get(gate.when, max(found) - found[-1])
+
+
+def gate_series(lines: Sequence[Mapping[str, Any]], gate: Gate, scores: Sequence[float] = ()) -> list[float]:
+    """All values of the metric of a gate in one run, whose evaluations have ``scores``.
+
+    Raises:
         ValueError: No line has it.
     """
     kind, name = ("eval", gate.metric[5:]) if gate.metric.startswith("eval/") else ("train", gate.metric)
@@ -120,9 +137,4 @@ def gate_value(lines: Sequence[Mapping[str, Any]], gate: Gate, scores: Sequence[
     if not found:
         names = sorted({("eval/" if kind == "eval" else "") + key for line in own for key in line if key != "kind"})
         raise ValueError(f"no run of arm '{gate.arm}' has a metric '{gate.metric}' (there are: {', '.join(names)})")
-    if gate.when == "ratio":
-        if found[0] <= 0:
-            raise ValueError(f"'{gate.metric}' of arm '{gate.arm}' begins at {found[0]:g}, of which there is no ratio")
-        return found[-1] / found[0]
-    values = {"first": found[0], "last": found[-1], "mean": fmean(found), "highest": max(found)}
-    return values.get(gate.when, max(found) - found[-1])
+    return found

@@ -4,10 +4,12 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from alignment.data.load import read_section
 from alignment.errors import UserError
 from alignment.recipe import Recipe, RewardModelStage, Stage, load
 from alignment.recipe_sections import JsonlSink
@@ -15,10 +17,11 @@ from alignment.recipe_tree import Mark, Place, Problem, RecipeError
 from alignment.reward_registry import RewardSpec
 from alignment.studies.claim import Claim, ReadClaim
 from alignment.studies.cost import Sizes, sizes_of
-from alignment.studies.sources import sources
+from alignment.studies.sources import data_of, sources
 
 Kind = Literal["warm-up", "tune", "report", "control"]
 QUICK_STEPS = 2
+FIRST_REWARD = "the first reward"
 
 
 @dataclass(frozen=True)
@@ -87,19 +90,28 @@ class Study:
         self.described()  # loads what is to be hashed
         return sources(self.read.recipe)
 
+    @cached_property
+    def data(self) -> dict[str, list[str]]:
+        """SHA-256 of the rows of each section of ``data``."""
+        return data_of(self._loaded(arm, point) for arm in self.claim.arms for point in range(len(self.grid)))
+
     def warm_ups(self) -> list[Task]:
         """One for each seed, if there is a warm-up."""
         seeds = [*dict.fromkeys([task.seed for task in self.tuning()] + [*self.report_seeds])]
         return [Task("warm-up", "", 0, seed) for seed in seeds] if self.claim.warm_up else []
 
     def tuning(self) -> list[Task]:
-        """Every arm at every point on every tuning seed; none where there is nothing to choose."""
+        """Every arm at every point on every tuning seed; none where there is nothing to choose.
+
+        Arms with a gate come first: whether there is its metric is seen in their first run.
+        """
         if self.claim.tune is None or len(self.grid) < 2:
             return []
+        gated = {gate.arm for gate in self.claim.gate}
         return [
             Task("tune", arm, point, seed)
             for seed in self.claim.tune.seeds
-            for arm in self.claim.compared
+            for arm in sorted(self.claim.compared, key=lambda name: name not in gated)
             for point in range(len(self.grid))
         ]
 
@@ -167,7 +179,7 @@ class Study:
         return RecipeError([Problem(self.read.mark(place), place, message)])
 
     def check(self) -> None:
-        """Loads the recipe of every arm at every point.
+        """Loads the recipe of every arm at every point, and compares them with the claim and with each other.
 
         Raises:
             RecipeError: Every mistake at once.
@@ -182,15 +194,44 @@ class Study:
         shared = _shared(base, first)
         for arm, point in itertools.product(self.claim.arms, range(len(self.grid))):
             try:
-                found = _shared(self._loaded(arm, point), first)
+                recipe = self._loaded(arm, point)
+                found = _shared(recipe, first)
                 if changed := [name for name in shared if found[name] != shared[name]]:
                     message = f"changes {', '.join(changed)}, which all arms share"
-                    raise self.problem(("arms", arm, "set"), message)
+                    raise self.problem(self._changed_at(arm, changed), message)
+                self._check_steps(arm, sum(stage.steps for stage in recipe.stages[first:]))
                 self.sizes(Task("report", arm, point, 0))
             except RecipeError as error:
                 problems += error.problems
+        problems += self._unmeasurable(base)
         if problems:
             raise RecipeError(problems)
+
+    def _changed_at(self, arm: str, names: Sequence[str]) -> Place:
+        """Where what is called so is changed: by the arm itself, or by the grid."""
+        paths = ["rewards" if name == FIRST_REWARD else name for name in names]
+        own = [
+            key for key in self.claim.arms[arm].set for path in paths if key.startswith(path) or path.startswith(key)
+        ]
+        return ("arms", arm, "set") if own else ("tune", "grid")
+
+    def _check_steps(self, arm: str, steps: int) -> None:
+        if self.claim.unit == "steps" and self.budget is not None and self.budget > steps:
+            message = f"is more than the {steps} steps that arm '{arm}' trains; give the arm more steps, or lower it"
+            raise self.problem(("budget", "steps"), message)
+
+    def _unmeasurable(self, base: Recipe) -> list[Problem]:
+        """What the claim measures and evaluations cannot give."""
+        measure, samples, found = self.claim.measure, base.evaluation.samples, list[tuple[Place, str]]()
+        if measure.pass_at > samples:
+            found.append((("measure", "pass_at"), f"pass@{measure.pass_at} takes as many samples of each problem, and "
+                          f"evaluation.samples is {samples}: raise that, or lower it"))  # fmt: skip
+        section = None if measure.problems == "*" else read_section(base, "eval")
+        ids = [] if section is None else [prompt.id for prompt in section.prompts]
+        if ids and not any(fnmatchcase(id_, measure.problems) for id_ in ids):
+            found.append((("measure", "problems"), f"no problem of data.eval matches '{measure.problems}' (ids: "
+                          f"{', '.join(ids[:3])}, ...)"))  # fmt: skip
+        return [Problem(self.read.mark(place), place, message) for place, message in found]
 
     def described(self) -> dict[str, Any]:
         """What all runs follow from, as JSON values: the recipes, resolved."""
@@ -229,10 +270,10 @@ def _remarked(problems: Sequence[Problem], marks: Mapping[str, Mark]) -> list[Pr
 
 
 def _shared(recipe: Recipe, stages: int) -> dict[str, Any]:
-    """What must not differ between arms: how a run begins, and how it is measured."""
+    """What must not differ between arms: how a run begins, which prompts it draws, and how it is measured."""
     whole = recipe.resolved()
-    found = {"model": whole["model"], "data.eval": whole["data"]["eval"], "evaluation": whole["evaluation"]}
-    found["the first reward"] = whole["rewards"][0]
+    found = {"model": whole["model"], "evaluation": whole["evaluation"], FIRST_REWARD: whole["rewards"][0]}
+    found |= {f"data.{name}": whole["data"][name] for name in ("train", "eval")}
     warm = {f"stages.{i}": stage for i, stage in enumerate(whole["stages"][:stages])}
     learned = {f"data.{name}": whole["data"][name] for name in ("demonstrations", "preferences")}
     return found | ({**learned, **warm} if stages else {})

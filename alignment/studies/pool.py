@@ -69,8 +69,8 @@ class Pool:
 
     def _hand(self, task: Task) -> None:
         pipe = self._resting.pop() if self._resting else self._started()
+        self._busy[pipe] = task  # first, so that a stop from here on ends its process
         pipe.send((self.study.read.path, self.study.folder, self.study.quick, task))
-        self._busy[pipe] = task
 
     def _started(self) -> Any:
         context = get_context("spawn")

@@ -12,7 +12,7 @@ from alignment.runs import Run
 from alignment.signals import Stopped
 from alignment.studies.claim import read_claim
 from alignment.studies.cost import Sizes, Unit
-from alignment.studies.curve import gate_value, measured, read_lines, spent
+from alignment.studies.curve import gate_series, gate_value, measured, read_lines, spent
 from alignment.studies.design import Study, Task
 from alignment.tensorfile import digest, read_tensors
 from alignment.trainer import train
@@ -87,9 +87,8 @@ def compute(study: Study, task: Task) -> dict[str, Any]:
     saved = Checkpoints(Run(run).checkpoints).latest(log.warning)
     assert saved is not None, "the last step of a run is saved"
     row["policy"] = f"{saved.step}:{digest(read_tensors(saved.folder / 'learner' / 'policy.safetensors'))}"
-    if task.kind == "report":
-        row["gates"] = [_gate(study, i, run, row) if g.arm == task.arm else None for i, g in enumerate(claim.gate)]
-    return row
+    gates = [_gate(study, i, task, row) if g.arm == task.arm else None for i, g in enumerate(claim.gate)]
+    return row | ({"gates": gates} if task.kind == "report" else {})
 
 
 def one(claim: Path, folder: Path, quick: bool, task: Task) -> tuple[dict[str, Any], float]:
@@ -99,8 +98,11 @@ def one(claim: Path, folder: Path, quick: bool, task: Task) -> tuple[dict[str, A
     return result, time.monotonic() - begun
 
 
-def _gate(study: Study, index: int, run: Path, row: Mapping[str, Any]) -> float:
+def _gate(study: Study, index: int, task: Task, row: Mapping[str, Any]) -> float | None:
+    """The value of a gate in a report run; of another run, whether it has the metric is all that is asked."""
+    gate, lines, scores = study.claim.gate[index], read_lines(study.runs / task.run), [at[3] for at in row["curve"]]
     try:
-        return gate_value(read_lines(run), study.claim.gate[index], [at[3] for at in row["curve"]])
+        gate_series(lines, gate, scores)
+        return gate_value(lines, gate, scores) if task.kind == "report" else None
     except ValueError as error:
         raise study.problem(("gate", index, "metric"), str(error)) from error

@@ -59,8 +59,8 @@ def score(row: Mapping[str, Any]) -> float:
 
 
 def digest_of(study: Study) -> str:
-    """Of everything that the numbers of a study depend on, data files and versions of libraries apart."""
-    text = json.dumps([study.read.sha256, study.sources, study.described()], sort_keys=True)
+    """Of everything that the numbers of a study depend on, models in folders and versions of libraries apart."""
+    text = json.dumps([study.read.sha256, study.sources, study.described(), study.data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -139,7 +139,7 @@ def test_two_ranks_are_the_torch_learner(opener, learner, tmp_path):
         # STEER asks for the policy before each step: a pass of all ranks together between two steps.
         objective = grpo(epochs=2, minibatches=2, entropy_controls=(Steer(omega="exact"), KlCov(share=0.2)))
         ours, theirs = learner.update(annotated, objective), torch_learner.update(expected, objective)
-        assert ours.keys() == theirs.keys()
+        assert ours.keys() == theirs.keys() and ours["read_tokens"] > 0
         assert {k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in theirs.items()} == ours
     assert annotated.adv_BT is not None
     adv_KBT, asked = torch.stack([annotated.adv_BT, annotated.adv_BT.cos()]), replace(grpo(), update_norm=True)

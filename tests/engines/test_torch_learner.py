@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignment.algorithms.covariance import ClipCov, KlCov
+from alignment.algorithms.steer import Steer
+from alignment.batching import split_minibatches
 from alignment.engines.learner_config import TorchLearnerConfig, learners
 from alignment.engines.torch_learner import TorchLearner
-from alignment.types import Batch
+from alignment.types import Batch, keyed_seed
 from tests.engines.helpers import (
     Reinforce,
     assert_close,
@@ -74,6 +77,18 @@ def test_split_padding_and_order_of_rows_change_nothing(objective: Any) -> None:
             got = learner.update(changed, objective)
             assert got == pytest.approx(metrics, rel=1e-4, abs=1e-5)
         assert_close(weights(learner), weights(reference), rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [11, 10_000])
+@pytest.mark.parametrize("reads", [Steer(), ClipCov(), KlCov()])
+def test_mini_batches_that_are_read_again_are_counted_once_however_they_are_split(reads: Any, tokens: int) -> None:
+    batch = learner_of(tiny()).annotate(make_batch(rows=16), {"old_logp", "entropy", "entropy_drift"})
+    key = keyed_seed("minibatches", batch.seed, batch.step, 0)
+    later = [int(batch.length_B[rows].sum()) for rows in split_minibatches(batch, 4, key)[1:]]
+    learner = learner_of(tiny(), micro_batch_tokens=tokens)
+    assert learner.update(batch, grpo(minibatches=4, entropy_controls=(reads,)))["read_tokens"] == sum(later)
+    assert "read_tokens" not in learner.update(batch, grpo(minibatches=1, entropy_controls=(reads,)))
+    assert "read_tokens" not in learner.update(batch, grpo(minibatches=4))
 
 
 def widen_annotated(batch: Batch) -> Batch:
@@ -157,7 +172,7 @@ def test_a_mini_batch_knows_the_policy_before_its_step_if_the_objective_asks(arc
     learner.annotate = lambda *args: (passes.append(1), annotate(*args))[1]  # pyright: ignore[reportAttributeAccessIssue]
     asked, silent = Current(epochs=2), Current(epochs=2, wants=False)
     found, plain = learner.update(batch, asked), other.update(batch, silent)
-    assert found == plain and len(passes) == 1
+    assert found.pop("read_tokens") == batch.length_B.sum() and found == plain and len(passes) == 1
     assert [m.logp_BT is None for m in (*asked.seen, *silent.seen)] == [True, False, True, True]
     reference = learner_of(tiny(architecture, **options))
     reference.update(batch, Current(wants=False))

@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 
 import alignment
+from alignment.engines.policy_learner import PolicyLearner
 from alignment.engines.roles import handles, passed
 from alignment.engines.value_roles import prompt_batch
 from alignment.ledger import Verdicts
-from alignment.metrics import read_tokens
+from alignment.metrics import read_again, read_tokens
 from alignment.studies.cost import Sizes, flops
 from alignment.studies.curve import read_lines
 from alignment.types import Prompt
@@ -64,6 +66,29 @@ def test_a_run_with_a_critic_and_a_reference_logs_every_pass(tmp_path):
     assert all(not found["verdicts"] for found in saved["meta"]["evaluations"].values())
     verdicts.rewind(-1)
     assert verdicts.read() == {}
+
+
+def test_what_an_update_reads_again_is_read_by_the_policy():
+    read = {"read_tokens/policy": 8.0, "read_tokens/reference": 8.0}
+    assert read_again(read, {"loss": 1.0}) == {"loss": 1.0, **read}
+    assert read_again(read, {"read_tokens": 6.0}) == {**read, "read_tokens/policy": 14.0}
+    assert read_again({}, {"read_tokens": 6.0}) == {"read_tokens/policy": 6.0}
+
+
+def test_mini_batches_that_steer_reads_again_are_logged(tmp_path, monkeypatch):
+    logged, update = [], PolicyLearner.update
+
+    def spied(*arguments, **options):
+        logged.append(update(*arguments, **options))
+        return logged[-1]
+
+    monkeypatch.setattr(PolicyLearner, "update", spied)
+    stage = {"steps": 1, "algorithm": {"minibatches": 4, "entropy_controls": ["steer"]}, "curricula": ["uniform"]}
+    alignment.train(tiny(tmp_path, {"stages": {0: {"steps": 1}, 1: stage}}))
+    [step] = [s for s in read_lines(tmp_path / "runs" / "tiny") if s["kind"] == "train" and s["stage"] == "rl"]
+    rows, again = step["prompt_tokens"] + step["completion_tokens"], logged[-1]["read_tokens"]
+    assert step["read_tokens/policy"] == rows + again and "read_tokens" not in step
+    assert again == pytest.approx(0.75 * rows, rel=0.15)  # all mini-batches, of four rows each, but the first
 
 
 def test_the_gradients_of_reward_components_are_counted(tmp_path):

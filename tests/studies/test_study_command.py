@@ -3,16 +3,24 @@
 import copy
 import hashlib
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from alignment.checkpoint import Checkpoints
 from alignment.cli import app
 from alignment.ledger import Verdicts
+from alignment.runs import Run
 from alignment.studies import running
 from alignment.studies.cells import Cells
 from alignment.studies.claim import read_claim
@@ -158,6 +166,24 @@ def test_a_claim_that_was_changed_is_refused(whole, tmp_path):
     assert "is not what" in invoke(claim, *whole.options(), code=2)
 
 
+def test_data_that_was_changed_is_refused(tmp_path):
+    """The same claim, recipe and file name, and other answers."""
+    claim, held_out = write_claim(tmp_path, {"tune": None}), tmp_path / "eval.jsonl"
+    recipe = YAML(typ="safe").load(claim.with_name("tiny.yaml"))
+    recipe["data"]["eval"] = {"name": "dataset", "path": held_out.name}
+    with claim.with_name("tiny.yaml").open("w") as file:
+        YAML().dump(recipe, file)
+    held_out.write_text('{"prompt": "1+2=", "answer": "3"}\n')
+    begun = Study(read_claim(claim), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    known = {"claim_sha256": begun.read.sha256, "digest": digest_of(begun), "data": begun.data}
+    (tmp_path / "out" / "claim.json").write_text(json.dumps(known))
+    assert "to do" in invoke(claim, "--out", tmp_path / "out", "--dry-run")
+    held_out.write_text('{"prompt": "1+2=", "answer": "4"}\n')
+    assert "data.eval is not what" in invoke(claim, "--out", tmp_path / "out", "--dry-run", code=2)
+    assert digest_of(Study(read_claim(claim), tmp_path / "out")) != known["digest"]
+
+
 def test_where_the_regime_is_not_reached_or_a_control_failed_no_claim_holds(whole, tmp_path):
     begun = Study(read_claim(whole.folder / "small.yaml"), whole.out)
     cells = Cells(whole.out / "cells.jsonl", digest_of(begun))
@@ -223,9 +249,19 @@ def test_quick_gives_no_verdict_and_publishes_nothing_and_a_gate_is_told(tmp_pat
 
 def test_what_a_user_can_mend_is_told_without_a_traceback(tmp_path):
     assert "no such file" in invoke(tmp_path / "none.yaml", code=2)
-    claim = write_claim(tmp_path, {"budget": {"steps": 9}, "controls": []})
+    claim = write_claim(tmp_path, {"budget": {"steps": None, "tokens": 1e6}, "controls": []})
     told = invoke(claim, "--out", tmp_path / "out", code=2)
-    assert "small.yaml:" in told and "ended at 4 of 9 steps" in told
+    assert "small.yaml:" in told and "of 1e+06 tokens" in told
+    for option in ("--out", "--docs"):
+        assert f"{option} {claim}: {claim} is a file" in invoke(claim, option, claim, "--dry-run", code=2)
+
+
+def test_a_gate_on_a_metric_that_is_none_is_told_after_the_first_run_that_is_measured(tmp_path):
+    gate = [{"arm": "bonus", "metric": "entropi", "at_most": 1.0}]
+    claim = write_claim(tmp_path, {"gate": gate, "report_seeds": [1, 2]})
+    told = invoke(claim, "--out", tmp_path / "out", code=2)
+    assert "small.yaml:" in told and "no run of arm 'bonus' has a metric 'entropi'" in told and "entropy" in told
+    assert {path.name.split(".")[0] for path in (tmp_path / "out" / "runs").iterdir()} == {"warm-up", "bonus"}
 
 
 @pytest.mark.full  # two processes that import torch
@@ -235,6 +271,33 @@ def test_several_runs_at_a_time_give_the_same_numbers(whole, tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
     known = {(cell["arm"], cell["seed"]): cell["curve"] for cell in whole.results["cells"]}
     assert all(known[cell["arm"], cell["seed"]] == cell["curve"] for cell in found if cell["arm"] != "zero")
+
+
+@pytest.mark.full  # three processes that import torch
+def test_sigterm_ends_the_workers_and_keeps_the_state(tmp_path):
+    """To the command alone, as a scheduler sends it; a worker that lived on would hold the lock of its run."""
+    change = {"tune": None, "controls": [], "gate": []}
+    claim, runs = write_claim(tmp_path, change), [Run(tmp_path / "out" / "runs" / f"warm-up.{seed}") for seed in (1, 2)]
+    recipe = claim.with_name("tiny.yaml")
+    recipe.write_text(recipe.read_text().replace("steps: 3", "steps: 100000"))
+    command = [sys.executable, "-m", "alignment", "study", claim.name, "--out", "out", "--workers", "2"]
+    with (tmp_path / "told").open("w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while not all(read_lines(run.folder) for run in runs):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "told").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    told = (tmp_path / "told").read_text()
+    assert process.returncode == 75 and "the same command goes on" in told and "Traceback" not in told
+    for run in runs:
+        with run.locked("it is free"):
+            assert Checkpoints(run.checkpoints).latest(pytest.fail) is not None
 
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*/claim.yaml"))
