@@ -10,14 +10,19 @@ import torch
 import yaml
 
 import alignment
+from alignment import reward_modelling
 from alignment.algorithms.reward_losses import BradleyTerry, RewardObjective, judged
 from alignment.algorithms.value_losses import HlGauss, Scalar
+from alignment.control import KEY
 from alignment.engines.gradients import accumulate
 from alignment.engines.value_model import load_value_model
 from alignment.errors import UserError
 from alignment.export_values import export_value_model
+from alignment.model_saving import save_model
+from alignment.models import load_model
 from alignment.partition import Share
 from alignment.recipe import load
+from alignment.recipe_sections import ModelConfig
 from alignment.reward_scoring import RewardScorer
 from rewards.reward_model import RewardModel
 from tests.algorithms.test_preferences import Fake, batch
@@ -112,6 +117,36 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, stage):
     share = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(prompts)
     assert share == pytest.approx(records[-1]["held_out/accuracy"])
     assert result["stages"][0]["labels"] == {"pairs": 16}
+
+
+@pytest.mark.parametrize("body", ["plain", "control", "another"])
+def test_rewards_are_those_that_the_stage_gave_the_same_pairs(tmp_path, monkeypatch, body):
+    """Also where a control token stands behind prompts, and where the body is of a model that knows of none."""
+    gave, judge = [], reward_modelling.held_out
+
+    def recorded(job, stage):
+        gave.append(reward_modelling.rewards_of(job, "reward_model_0", job.data.held_out_preferences))
+        return judge(job, stage)
+
+    monkeypatch.setattr(reward_modelling, "held_out", recorded)
+    path = written(tmp_path, steps=6)
+    whole = yaml.safe_load(path.read_text())
+    if body != "plain":
+        whole["model"]["control"] = {}
+    if body == "another":
+        made = load_model(ModelConfig.model_validate(whole["model"]), 0)
+        save_model(made, tmp_path / "base")
+        delattr(made.module.config, KEY)
+        save_model(made, tmp_path / "body")
+        whole["model"] = {"path": str(tmp_path / "base"), "control": {}}
+        whole["stages"][0]["model"] = {"path": str(tmp_path / "body")}
+    path.write_text(yaml.safe_dump(whole))
+    result = alignment.train(path)
+    scorer = RewardScorer(Path(result["folder"]) / "reward_models/rm/member_0")
+    rows = [(row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected")]
+    found = scorer(*map(list, zip(*rows, strict=True)), [True] * len(rows))
+    assert bool(scorer.cue) == (body != "plain") and len(set(found)) > 8
+    assert found == pytest.approx(gave[-1].flatten().tolist(), abs=1e-5)
 
 
 def test_members_differ_and_the_policy_stays(tmp_path):
