@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import alignment
+from alignment import preference
 from alignment.algorithms.preferences import preference_losses
 from alignment.batching import collate
 from alignment.cli import app
@@ -208,6 +209,25 @@ def test_online_and_iterative_are_one_recipe_with_other_intervals(tmp_path):
         seen[every] = [line.get("rollouts") for line in records if line["kind"] == "train"]
     assert seen[1] == [16] * 6
     assert seen[3] == [48, None, None, 48, None, None]
+
+
+def test_what_is_learned_does_not_depend_on_the_sampling_temperature(tmp_path, monkeypatch):
+    """One step on the very same completions, said to be sampled at two temperatures."""
+    kept, found, plain = [], [], preference._compared
+
+    def recorded(job, stage, pairs, step):
+        kept.extend([] if kept else pairs)
+        params = job.params(stage.sampling)
+        same = [replace(p, rollouts=tuple(replace(r, sampling=params) for r in p.rollouts)) for p in kept]
+        return plain(job, stage, same, step)
+
+    monkeypatch.setattr(preference, "_compared", recorded)
+    for temperature in (0.3, 1.0):
+        (tmp_path / str(temperature)).mkdir()
+        stage = {"losses": ["dpo", "simpo"], "steps": 1, "sampling": {"max_tokens": 3, "temperature": temperature}}
+        (record,) = lines(trained(sampled(tmp_path / str(temperature), **stage))["folder"])
+        found.append([record[name] for name in ("loss", "grad_norm", "logp/chosen", "logp/rejected", "entropy")])
+    assert found[0] == found[1] and kept[0].rollouts[0].sampling.temperature == 0.3
 
 
 def test_entropies_are_computed_where_completions_are_sampled(tmp_path):

@@ -144,7 +144,7 @@ def test_rewards_are_those_that_the_stage_gave_the_same_pairs(tmp_path, monkeypa
     result = alignment.train(path)
     scorer = RewardScorer(Path(result["folder"]) / "reward_models/rm/member_0")
     rows = [(row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected")]
-    found = scorer(*map(list, zip(*rows, strict=True)), [True] * len(rows))
+    found = scorer([prompt for prompt, _ in rows], [said for _, said in rows], [True] * len(rows))
     assert bool(scorer.cue) == (body != "plain") and len(set(found)) > 8
     assert found == pytest.approx(gave[-1].flatten().tolist(), abs=1e-5)
 
