@@ -100,9 +100,10 @@ def _refuse_unscored(stage: Paired, loss: str, data: LoadedData) -> None:
     for pair in data.preferences:
         if any(rollout.reward is None for rollout in pair.rollouts):
             row = pair.prompt.origin or pair.prompt.id
+            other = ", or sample pairs (pairs: best_worst)" if isinstance(stage, PreferenceStage) else ""
             raise UserError(
                 f"stage {stage.name!r}: '{loss}' needs a score of each side, which the pair {row} lacks: give the rows "
-                f"'chosen_score' and 'rejected_score', or sample pairs (pairs: best_worst)"
+                f"'chosen_score' and 'rejected_score'{other}"
             )
 
 

@@ -250,7 +250,7 @@ def test_a_stage_that_cannot_work_is_refused(tmp_path, stage, message):
 def test_a_margin_needs_scores(tmp_path):
     rows = [{key: value for key, value in PAIRS[0].items() if "score" not in key}]
     path = recipe(tmp_path, {**STAGE, "loss": {"name": "bradley_terry", "margin": "scores"}}, rows=rows)
-    with pytest.raises(UserError, match="'bradley_terry' needs a score of each side"):
+    with pytest.raises(UserError, match=r"'bradley_terry' needs a score of each side, .* and 'rejected_score'$"):
         alignment.train(path)
 
 
