@@ -14,12 +14,15 @@ from alignment import reward_modelling
 from alignment.algorithms.reward_losses import BradleyTerry, RewardObjective, judged
 from alignment.algorithms.value_losses import HlGauss, Scalar
 from alignment.control import KEY
+from alignment.data.load import LoadedData
 from alignment.engines.gradients import accumulate
-from alignment.engines.value_model import load_value_model
+from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.value_model import ValueModel, ValueShape, load_value_model, save_value_model
 from alignment.errors import UserError
 from alignment.export_values import export_value_model
 from alignment.model_saving import save_model
 from alignment.models import load_model
+from alignment.pair_checks import check_pairs
 from alignment.partition import Share
 from alignment.recipe import load
 from alignment.recipe_sections import ModelConfig
@@ -252,6 +255,31 @@ def test_a_margin_needs_scores(tmp_path):
     path = recipe(tmp_path, {**STAGE, "loss": {"name": "bradley_terry", "margin": "scores"}}, rows=rows)
     with pytest.raises(UserError, match=r"'bradley_terry' needs a score of each side, .* and 'rejected_score'$"):
         alignment.train(path)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_body_of_its_own_has_positions_of_its_own(tmp_path, monkeypatch, saved):
+    """Found before there is a learner."""
+    monkeypatch.setattr(TorchLearnerConfig, "build", lambda *_: pytest.fail("there is a learner"))
+    path = written(tmp_path)
+    whole = yaml.safe_load(path.read_text())
+    build = {**whole["model"]["build"], "max_positions": 5}
+    if saved:
+        made = load_model(ModelConfig.model_validate({"build": build}), 0)
+        save_value_model(ValueModel.of(made.module, ValueShape(Scalar())), made.tokenizer, tmp_path / "short")
+        path = written(tmp_path, start="short")
+    else:
+        path = written(tmp_path, model={"build": build})
+    said = r"stage 'rm': the pair .*pairs.jsonl:1 has 6 tokens, prompt included, and the reward model has 5 positions"
+    with pytest.raises(UserError, match=said):
+        alignment.train(path)
+
+
+def test_a_body_that_is_gone_is_not_looked_for_once_its_stage_is_done(tmp_path):
+    found = load([written(tmp_path, start="gone")])
+    check_pairs(found, LoadedData(), None, done=1)
+    with pytest.raises(UserError, match="there is no folder gone"):
+        check_pairs(found, LoadedData(), None)
 
 
 def test_a_reward_needs_a_model():
