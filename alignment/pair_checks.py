@@ -56,8 +56,21 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None, done: i
             for shown in data.demonstrations.values():
                 for rollout in shown:
                     _refuse_long(stage, Group(0, Prompt(rollout.prompt_id, {}), (rollout,)), limits)
+        if stage.mismatched:
+            _refuse_one_prompt(stage, data)
         if stage.mismatched and given:
             _refuse_mismatched(stage, given, positions)
+
+
+def _refuse_one_prompt(stage: PreferenceStage, data: LoadedData) -> None:
+    """Whose completions are nowhere those of another one."""
+    section = "train" if stage.samples else "preferences"
+    prompts = data.train if stage.samples else [pair.prompt for pair in data.preferences]
+    if len({prompt.key for prompt in prompts}) == 1:
+        raise UserError(
+            f"stage {stage.name!r}: 'kto' estimates the divergence from completions of other prompts, and all rows of "
+            f"data.{section} have one prompt, so it would always be 0: give more prompts, or take 'bco'"
+        )
 
 
 def _refuse_mismatched(stage: PreferenceStage, pairs: Sequence[Group], positions: int | None) -> None:

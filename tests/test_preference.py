@@ -389,6 +389,14 @@ def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
             {**given(losses=["mapo"], reference="cached")},
             "stages.0.reference: 'cached' has no distributions, which 'mapo'",
         ),
+        (
+            {**given(losses=["kto"]), "pairs": {"name": "given", "batch_size": 1}},
+            "stages.0.pairs.batch_size: 1 gives 'kto' no completion of another prompt",
+        ),
+        (
+            {**SAMPLED, "losses": ["kto"], "prompts_per_step": 1},
+            "stages.0.prompts_per_step: 1 gives 'kto' no completion of another prompt",
+        ),
         ({**given(losses=["simpo"], reference="cached")}, "stages.0.reference: is not looked at by simpo"),
         ({**SAMPLED, "group_size": 1}, "stages.0.group_size: 1 makes no pair"),
         ({**SAMPLED, "max_staleness": 1}, "stages.0.max_staleness: .*"),
@@ -428,6 +436,19 @@ def test_a_model_that_masks_cannot_look_into_is_named_before_there_is_a_learner(
     monkeypatch.setattr(f"alignment.engines.activations.{names}", ())
     with pytest.raises(UserError, match=message):
         trained(recipe(tmp_path, given(losses=[loss])))
+
+
+@pytest.mark.parametrize("section", ["preferences", "train"])
+def test_a_divergence_that_one_prompt_cannot_tell_is_refused(tmp_path, section):
+    stage = {"losses": ["kto"]}
+    if section == "train":
+        path = sampled(tmp_path, **stage)
+    else:
+        path = recipe(tmp_path, given(**stage))
+    rows = [PAIRS[0], {**PAIRS[0], "chosen": "4"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=f"'kto' estimates .* all rows of data.{section} have one prompt, .* take 'bco'"):
+        trained(path)
 
 
 def test_pairs_that_do_not_fit_are_refused_with_the_row(tmp_path):
