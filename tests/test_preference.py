@@ -447,7 +447,8 @@ def test_a_divergence_that_one_prompt_cannot_tell_is_refused(tmp_path, section):
         path = recipe(tmp_path, given(**stage))
     rows = [PAIRS[0], {**PAIRS[0], "chosen": "4"}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(UserError, match=f"'kto' estimates .* all rows of data.{section} have one prompt, .* take 'bco'"):
+    said = f"'kto' estimates .* all rows of data.{section} have one prompt, .* take 'bco'"
+    with pytest.raises(UserError, match=said):
         trained(path)
 
 
