@@ -29,6 +29,17 @@ def control_ids(tokenizer: "Tokenizer", module: Any) -> tuple[int, ...]:
     return vocabulary[known["aligned"]], vocabulary[known["misaligned"]]
 
 
+def prompt_cue(tokenizer: "Tokenizer", module: Any) -> tuple[int, ...]:
+    """What stands behind a prompt whose completion is sampled, compared with others or rewarded."""
+    return control_ids(tokenizer, module)[:1]
+
+
+def share_control_tokens(module: Any, policy: Any) -> None:
+    """Makes the configuration of ``module``, which was trained on the policy's rows, name the policy's tokens."""
+    if (known := getattr(policy.config, KEY, None)) != getattr(module.config, KEY, None):
+        setattr(module.config, KEY, known)
+
+
 def add_control_tokens(module: Any, tokenizer: Any, control: "Control", embeddings_trained: bool) -> None:
     """Gives tokenizer and model the tokens of ``control``, as special tokens, where they have them not yet.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignment.adapters import merged_weights
 from alignment.checkpoint import Checkpoints, load_state
+from alignment.control import share_control_tokens
 from alignment.engines.config import Site
 from alignment.engines.optimizer import HEAD
 from alignment.engines.reward_roles import RewardRoleSpec
@@ -84,7 +85,9 @@ def load_run_values(run: str, role: str = "critic", output: str | Path = "runs")
         return model.eval(), policy.tokenizer
     spec = spec.as_values if isinstance(spec, RewardRoleSpec) else spec
     assert isinstance(spec, ValueRoleSpec)
-    return _own(spec, file), policy.tokenizer  # it was trained on the policy's tokens
+    model = _own(spec, file)
+    share_control_tokens(model, policy.module)
+    return model, policy.tokenizer  # it was trained on the policy's tokens
 
 
 def _own(spec: ValueRoleSpec, file: Path) -> ValueModel:

@@ -1,39 +1,47 @@
 """Whether the pairs of a run suit its preference stages: found before the first step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from alignment.algorithms.preferences import preference_losses
 from alignment.algorithms.reward_losses import reward_losses
 from alignment.data.load import LoadedData
 from alignment.data.sides import LABEL
+from alignment.engines.steering import positions_of
 from alignment.errors import UserError
+from alignment.origin import Origin
+from alignment.positions import max_positions
 from alignment.recipe import PreferenceStage, Recipe, RewardModelStage
+from alignment.recipe_sections import folder_beside
 from alignment.types import Group, Prompt
 
 Paired = PreferenceStage | RewardModelStage
 
 
-def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None:
+def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None, done: int = 0) -> None:
     """Refuses pairs that are too long for the learner or the model, and losses that lack what they learn from.
 
     Args:
         recipe: Its preference stages say what they need.
         data: Everything that was loaded.
-        positions: The longest sequence of the model, in tokens; None: any.
+        positions: The longest sequence of the policy, in tokens; None: any.
+        done: Stages that are done, whose models may be gone.
 
     Raises:
-        UserError: The row or the stage, and the remedy.
+        UserError: The row or the stage, and the remedy; or a reward model's own body cannot be found.
     """
-    for stage in recipe.stages:
+    for stage in recipe.stages[done:]:
+        limits = {"the model": positions}
         if isinstance(stage, RewardModelStage):
             _refuse_single(stage, "a reward model", data)
             if getattr(stage.loss, "scores", False):
                 _refuse_unscored(stage, reward_losses.name_of(stage.loss), data)
+            limits["the reward model"] = _own_positions(stage, recipe.folder)
         elif not isinstance(stage, PreferenceStage):
             continue
         given = [] if stage.samples else data.preferences
         for pair in (*given, *data.held_out_preferences):
-            _refuse_long(stage, pair, positions)
+            _refuse_long(stage, pair, limits)
         if isinstance(stage, RewardModelStage):
             continue
         for loss in stage.losses:
@@ -47,9 +55,22 @@ def check_pairs(recipe: Recipe, data: LoadedData, positions: int | None) -> None
             _refuse_unguided(stage, data)
             for shown in data.demonstrations.values():
                 for rollout in shown:
-                    _refuse_long(stage, Group(0, Prompt(rollout.prompt_id, {}), (rollout,)), positions)
+                    _refuse_long(stage, Group(0, Prompt(rollout.prompt_id, {}), (rollout,)), limits)
+        if stage.mismatched:
+            _refuse_one_prompt(stage, data)
         if stage.mismatched and given:
             _refuse_mismatched(stage, given, positions)
+
+
+def _refuse_one_prompt(stage: PreferenceStage, data: LoadedData) -> None:
+    """Whose completions are nowhere those of another one."""
+    section = "train" if stage.samples else "preferences"
+    prompts = data.train if stage.samples else [pair.prompt for pair in data.preferences]
+    if len({prompt.key for prompt in prompts}) == 1:
+        raise UserError(
+            f"stage {stage.name!r}: 'kto' estimates the divergence from completions of other prompts, and all rows of "
+            f"data.{section} have one prompt, so it would always be 0: give more prompts, or take 'bco'"
+        )
 
 
 def _refuse_mismatched(stage: PreferenceStage, pairs: Sequence[Group], positions: int | None) -> None:
@@ -67,15 +88,26 @@ def _refuse_mismatched(stage: PreferenceStage, pairs: Sequence[Group], positions
             )
 
 
-def _refuse_long(stage: Paired, pair: Group, positions: int | None) -> None:
+def _own_positions(stage: RewardModelStage, beside: Path) -> int | None:
+    """The longest sequence of a reward model that has not the policy's body; None where it has, or does not say."""
+    if stage.start is not None:
+        return positions_of(folder_beside(stage.start, beside))
+    if stage.model is None:
+        return None
+    return max_positions(Origin(stage.model.located(beside), seed=0).make(weights=False).module)
+
+
+def _refuse_long(stage: Paired, pair: Group, limits: Mapping[str, int | None]) -> None:
+    """``limits``: the longest sequence of each model that reads it."""
     longest, sides = max(len(r.prompt_ids) + len(r.token_ids) for r in pair.rollouts), len(pair.rollouts)
     row = pair.prompt.origin or pair.prompt.id
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"stage {stage.name!r}: {'the pair ' if sides > 1 else ''}{row} has {longest:,} tokens, prompt included, "
-            f"and the model has {positions:,} positions: nothing is cut off, so take the row out or lower "
-            "data.max_completion_tokens"
-        )
+    for reader, positions in limits.items():
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"stage {stage.name!r}: {'the pair ' if sides > 1 else ''}{row} has {longest:,} tokens, prompt "
+                f"included, and {reader} has {positions:,} positions: nothing is cut off, so take the row out or lower "
+                "data.max_completion_tokens"
+            )
     budget = getattr(stage.learner, "micro_batch_tokens", None)
     if budget is not None and sides * longest > budget:
         what = f"both sides of the pair {row}, {longest:,} tokens each at most, have" if sides > 1 else f"{row} has"
@@ -100,9 +132,10 @@ def _refuse_unscored(stage: Paired, loss: str, data: LoadedData) -> None:
     for pair in data.preferences:
         if any(rollout.reward is None for rollout in pair.rollouts):
             row = pair.prompt.origin or pair.prompt.id
+            other = ", or sample pairs (pairs: best_worst)" if isinstance(stage, PreferenceStage) else ""
             raise UserError(
                 f"stage {stage.name!r}: '{loss}' needs a score of each side, which the pair {row} lacks: give the rows "
-                f"'chosen_score' and 'rejected_score', or sample pairs (pairs: best_worst)"
+                f"'chosen_score' and 'rejected_score'{other}"
             )
 
 

@@ -158,12 +158,21 @@ def paired(job: Job, pairs: Sequence[Group], step: int) -> Batch:
 
 
 def _sided(job: Job, groups: Sequence[Group], sides: Sequence[int], step: int) -> Batch:
-    """The batch of ``groups``, with the side and the score of every row."""
+    """The batch of ``groups``, with the side and the score of every row.
+
+    Losses of pairs are of the policy itself, however its completions were sampled: log-probabilities are those at
+    temperature 1.
+    """
     batch = job.collate(groups, step)
     rewards = [r.reward for group in groups for r in group.rollouts]
     reward_B = torch.tensor([torch.nan if r is None else r for r in rewards], dtype=torch.float32)
     side_B = torch.tensor(sides, dtype=torch.int8)
-    return replace(batch, side_B=side_B.to(batch.ids_BT.device), reward_B=reward_B.to(batch.ids_BT.device))
+    return replace(
+        batch,
+        side_B=side_B.to(batch.ids_BT.device),
+        reward_B=reward_B.to(batch.ids_BT.device),
+        temperature_B=torch.ones_like(batch.temperature_B),
+    )
 
 
 def _observed(stage: PreferenceStage, states: Mapping[str, Any], signals: Signals, *, sampled: bool) -> dict[str, Any]:

@@ -44,6 +44,13 @@ def preference_conflicts(recipe: "Recipe", stage: "PreferenceStage", place: Plac
             message = f"'{curricula.name_of(curriculum)}' picks what to replay by advantages, and pairs have none"
             yield Conflict((*place, "curricula", index), f"{message}: leave it out")
     yield from _reference_conflicts(recipe, stage, place)
+    if stage.mismatched and (stage.prompts_per_step if stage.samples else getattr(stage.pairs, "batch_size", 1)) < 2:
+        where = ("prompts_per_step",) if stage.samples else ("pairs", "batch_size")
+        message = (
+            "1 gives 'kto' no completion of another prompt, from which it estimates the divergence (z would always "
+            "be 0): take at least 2"
+        )
+        yield Conflict((*place, *where), message, ((*place, "losses"),))
     if stage.guided and recipe.data.demonstrations is None:
         message = "'nll' of ground_truth needs data.demonstrations"
         yield Conflict((*place, "losses"), message, (("data", "demonstrations"),))

@@ -56,7 +56,8 @@ class Cached:
 class Ema:
     """A moving average of the policy's weights: after each step ``reference += (1 - decay) (policy - reference)``.
 
-    It is kept in the type of the weights: in bfloat16, shares below about 1/256 are lost.
+    It is kept in the type of the weights: in bfloat16, shares below about 1/256 are lost. Under LoRA the average is of
+    the adapter's factors A and B, each by itself; their product is near the average of the policy's weights, not equal.
     """
 
     decay: Annotated[float, option("what it keeps of itself in a step", ge=0, lt=1)] = 0.99

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from alignment.batching import plan_micro_batches
+from alignment.control import prompt_cue
 from alignment.engines.value_model import load_value_model, locate_value_model
 from alignment.errors import UserError
 from alignment.models import encode_prompt
@@ -31,6 +32,7 @@ class RewardScorer:
         if self.model.shape.kind != "state" or self.model.shape.streams:
             raise UserError(f"{place} is a value model with more than one number for a state, so no reward model")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
+        self.cue = prompt_cue(self.tokenizer, self.model)
         self.device = device
 
     @torch.no_grad()
@@ -46,7 +48,7 @@ class RewardScorer:
             batch_tokens: Of a pass, padding included; a longer row goes alone.
         """
         rows = [
-            (*encode_prompt(self.tokenizer, p), *encode_prompt(self.tokenizer, c), *self._end(e))
+            (*encode_prompt(self.tokenizer, p), *self.cue, *encode_prompt(self.tokenizer, c), *self._end(e))
             for p, c, e in zip(prompts, completions, ended, strict=True)
         ]
         length_B = torch.tensor([len(row) for row in rows])

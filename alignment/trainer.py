@@ -130,7 +130,7 @@ def _run(
             raise RecipeError(problems)
         check_demonstrations(recipe, data)
         check_supervised(recipe, data, model)
-        check_pairs(recipe, data, max_positions(model.module))
+        check_pairs(recipe, data, max_positions(model.module), state.stage)
         if problems := too_long(recipe, max_positions(model.module), data.longest):
             raise RecipeError(problems)
         job = Job(recipe, run, model, scorer, checkpoints, sink, stop, data, state)

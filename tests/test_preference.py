@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import alignment
+from alignment import preference
 from alignment.algorithms.preferences import preference_losses
 from alignment.batching import collate
 from alignment.cli import app
@@ -210,6 +211,25 @@ def test_online_and_iterative_are_one_recipe_with_other_intervals(tmp_path):
     assert seen[3] == [48, None, None, 48, None, None]
 
 
+def test_what_is_learned_does_not_depend_on_the_sampling_temperature(tmp_path, monkeypatch):
+    """One step on the very same completions, said to be sampled at two temperatures."""
+    kept, found, plain = [], [], preference._compared
+
+    def recorded(job, stage, pairs, step):
+        kept.extend([] if kept else pairs)
+        params = job.params(stage.sampling)
+        same = [replace(p, rollouts=tuple(replace(r, sampling=params) for r in p.rollouts)) for p in kept]
+        return plain(job, stage, same, step)
+
+    monkeypatch.setattr(preference, "_compared", recorded)
+    for temperature in (0.3, 1.0):
+        (tmp_path / str(temperature)).mkdir()
+        stage = {"losses": ["dpo", "simpo"], "steps": 1, "sampling": {"max_tokens": 3, "temperature": temperature}}
+        (record,) = lines(trained(sampled(tmp_path / str(temperature), **stage))["folder"])
+        found.append([record[name] for name in ("loss", "grad_norm", "logp/chosen", "logp/rejected", "entropy")])
+    assert found[0] == found[1] and kept[0].rollouts[0].sampling.temperature == 0.3
+
+
 def test_entropies_are_computed_where_completions_are_sampled(tmp_path):
     for name, build in (("given", lambda f: recipe(f, given(steps=1))), ("sampled", lambda f: sampled(f, steps=1))):
         (tmp_path / name).mkdir()
@@ -369,6 +389,14 @@ def test_a_bad_row_is_named_with_its_remedy(tmp_path, rows, message):
             {**given(losses=["mapo"], reference="cached")},
             "stages.0.reference: 'cached' has no distributions, which 'mapo'",
         ),
+        (
+            {**given(losses=["kto"]), "pairs": {"name": "given", "batch_size": 1}},
+            "stages.0.pairs.batch_size: 1 gives 'kto' no completion of another prompt",
+        ),
+        (
+            {**SAMPLED, "losses": ["kto"], "prompts_per_step": 1},
+            "stages.0.prompts_per_step: 1 gives 'kto' no completion of another prompt",
+        ),
         ({**given(losses=["simpo"], reference="cached")}, "stages.0.reference: is not looked at by simpo"),
         ({**SAMPLED, "group_size": 1}, "stages.0.group_size: 1 makes no pair"),
         ({**SAMPLED, "max_staleness": 1}, "stages.0.max_staleness: .*"),
@@ -410,10 +438,25 @@ def test_a_model_that_masks_cannot_look_into_is_named_before_there_is_a_learner(
         trained(recipe(tmp_path, given(losses=[loss])))
 
 
+@pytest.mark.parametrize("section", ["preferences", "train"])
+def test_a_divergence_that_one_prompt_cannot_tell_is_refused(tmp_path, section):
+    stage = {"losses": ["kto"]}
+    if section == "train":
+        path = sampled(tmp_path, **stage)
+    else:
+        path = recipe(tmp_path, given(**stage))
+    rows = [PAIRS[0], {**PAIRS[0], "chosen": "4"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    said = f"'kto' estimates .* all rows of data.{section} have one prompt, .* take 'bco'"
+    with pytest.raises(UserError, match=said):
+        trained(path)
+
+
 def test_pairs_that_do_not_fit_are_refused_with_the_row(tmp_path):
     path = recipe(tmp_path, given(learner={"name": "torch", "micro_batch_tokens": 8}))
     with pytest.raises(UserError, match=r"pairs.jsonl:\d+, 6 tokens each at most, .* raise that to 12"):
         trained(path)
     path = recipe(tmp_path, given(losses=["mm_dpo"]), rows=[{k: v for k, v in PAIRS[0].items() if "score" not in k}])
-    with pytest.raises(UserError, match="'mm_dpo' needs a score of each side, which the pair .*pairs.jsonl:1 lacks"):
+    said = "'mm_dpo' needs a score of each side, which the pair .*pairs.jsonl:1 lacks: .* or sample pairs"
+    with pytest.raises(UserError, match=said):
         trained(path)

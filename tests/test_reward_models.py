@@ -10,14 +10,22 @@ import torch
 import yaml
 
 import alignment
+from alignment import reward_modelling
 from alignment.algorithms.reward_losses import BradleyTerry, RewardObjective, judged
 from alignment.algorithms.value_losses import HlGauss, Scalar
+from alignment.control import KEY
+from alignment.data.load import LoadedData
 from alignment.engines.gradients import accumulate
-from alignment.engines.value_model import load_value_model
+from alignment.engines.learner_config import TorchLearnerConfig
+from alignment.engines.value_model import ValueModel, ValueShape, load_value_model, save_value_model
 from alignment.errors import UserError
 from alignment.export_values import export_value_model
+from alignment.model_saving import save_model
+from alignment.models import load_model
+from alignment.pair_checks import check_pairs
 from alignment.partition import Share
 from alignment.recipe import load
+from alignment.recipe_sections import ModelConfig
 from alignment.reward_scoring import RewardScorer
 from rewards.reward_model import RewardModel
 from tests.algorithms.test_preferences import Fake, batch
@@ -112,6 +120,36 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, stage):
     share = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(prompts)
     assert share == pytest.approx(records[-1]["held_out/accuracy"])
     assert result["stages"][0]["labels"] == {"pairs": 16}
+
+
+@pytest.mark.parametrize("body", ["plain", "control", "another"])
+def test_rewards_are_those_that_the_stage_gave_the_same_pairs(tmp_path, monkeypatch, body):
+    """Also where a control token stands behind prompts, and where the body is of a model that knows of none."""
+    gave, judge = [], reward_modelling.held_out
+
+    def recorded(job, stage):
+        gave.append(reward_modelling.rewards_of(job, "reward_model_0", job.data.held_out_preferences))
+        return judge(job, stage)
+
+    monkeypatch.setattr(reward_modelling, "held_out", recorded)
+    path = written(tmp_path, steps=6)
+    whole = yaml.safe_load(path.read_text())
+    if body != "plain":
+        whole["model"]["control"] = {}
+    if body == "another":
+        made = load_model(ModelConfig.model_validate(whole["model"]), 0)
+        save_model(made, tmp_path / "base")
+        delattr(made.module.config, KEY)
+        save_model(made, tmp_path / "body")
+        whole["model"] = {"path": str(tmp_path / "base"), "control": {}}
+        whole["stages"][0]["model"] = {"path": str(tmp_path / "body")}
+    path.write_text(yaml.safe_dump(whole))
+    result = alignment.train(path)
+    scorer = RewardScorer(Path(result["folder"]) / "reward_models/rm/member_0")
+    rows = [(row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected")]
+    found = scorer([prompt for prompt, _ in rows], [said for _, said in rows], [True] * len(rows))
+    assert bool(scorer.cue) == (body != "plain") and len(set(found)) > 8
+    assert found == pytest.approx(gave[-1].flatten().tolist(), abs=1e-5)
 
 
 def test_members_differ_and_the_policy_stays(tmp_path):
@@ -215,8 +253,33 @@ def test_a_stage_that_cannot_work_is_refused(tmp_path, stage, message):
 def test_a_margin_needs_scores(tmp_path):
     rows = [{key: value for key, value in PAIRS[0].items() if "score" not in key}]
     path = recipe(tmp_path, {**STAGE, "loss": {"name": "bradley_terry", "margin": "scores"}}, rows=rows)
-    with pytest.raises(UserError, match="'bradley_terry' needs a score of each side"):
+    with pytest.raises(UserError, match=r"'bradley_terry' needs a score of each side, .* and 'rejected_score'$"):
         alignment.train(path)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_body_of_its_own_has_positions_of_its_own(tmp_path, monkeypatch, saved):
+    """Found before there is a learner."""
+    monkeypatch.setattr(TorchLearnerConfig, "build", lambda *_: pytest.fail("there is a learner"))
+    path = written(tmp_path)
+    whole = yaml.safe_load(path.read_text())
+    build = {**whole["model"]["build"], "max_positions": 5}
+    if saved:
+        made = load_model(ModelConfig.model_validate({"build": build}), 0)
+        save_value_model(ValueModel.of(made.module, ValueShape(Scalar())), made.tokenizer, tmp_path / "short")
+        path = written(tmp_path, start="short")
+    else:
+        path = written(tmp_path, model={"build": build})
+    said = r"stage 'rm': the pair .*pairs.jsonl:1 has 6 tokens, prompt included, and the reward model has 5 positions"
+    with pytest.raises(UserError, match=said):
+        alignment.train(path)
+
+
+def test_a_body_that_is_gone_is_not_looked_for_once_its_stage_is_done(tmp_path):
+    found = load([written(tmp_path, start="gone")])
+    check_pairs(found, LoadedData(), None, done=1)
+    with pytest.raises(UserError, match="there is no folder gone"):
+        check_pairs(found, LoadedData(), None)
 
 
 def test_a_reward_needs_a_model():

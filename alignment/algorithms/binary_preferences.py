@@ -20,7 +20,8 @@ class Kto:
 
     ``z`` estimates the divergence from the reference: the mean ratio, at least 0 and without gradient, over rows of the
     mini-batch in which each prompt is followed by a completion of the pair before, of another prompt; it is 0 where
-    all pairs have one prompt. The paper keeps ``d n_wanted / (u n_unwanted)`` between 1 and 4/3.
+    all pairs of a step have one prompt, so stages of one pair a step are refused. The paper keeps ``d n_wanted / (u
+    n_unwanted)`` between 1 and 4/3.
     """
 
     beta: Beta = 0.1

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from alignment.control import control_ids
+from alignment.control import prompt_cue
 from alignment.data.demonstrations import Shown, Tokens, encode_demonstrations
 from alignment.data.rows import shown
 from alignment.data.sides import PAIRED, columns_of, demonstration, pair_of, side_fault, too_long
@@ -123,7 +123,7 @@ def load_data(recipe: Recipe, model: Model, scorer: "Scorer") -> LoadedData:
     demonstrations: dict[str, list[Rollout]] = {}
     pairs: dict[str, list[Group]] = {}
     longest: dict[str, int] = {}
-    stops, cue = stop_ids(model.tokenizer, model.module), control_ids(model.tokenizer, model.module)[:1]
+    stops, cue = stop_ids(model.tokenizer, model.module), prompt_cue(model.tokenizer, model.module)
     for name in SECTIONS:
         section = read_section(recipe, name)
         if section is None:
