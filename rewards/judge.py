@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,22 +110,38 @@ class Judge:
         """The data columns it reads."""
         return (self.reference,)
 
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """What makes a row useless to it: a reference that is no text with something in it, and no number."""
+        return [self._fault(row.get(self.reference)) for row in rows]
+
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
-        """One score per completion."""
+        """One score per completion; ``skipped`` where the row has no reference."""
         rows = list(zip(prompts, texts(completions), columns[self.reference], strict=True))
         with ThreadPoolExecutor(self.concurrency) as pool:
             calls = [
-                None if is_attack(text) else [
+                self._unasked(text, other) or [
                     pool.submit(self._asked, prompt, text, str(other), swapped, sample)
                     for swapped in (False, True) for sample in range(self.samples)
                 ]
                 for prompt, text, other in rows
             ]  # fmt: skip
             return [
-                Score(0.0, "wrong", "shown to no judge: it is empty, an opener, or writes a verdict")
-                if asked is None else combined([call.result() for call in asked])
-                for asked in calls
-            ]  # fmt: skip
+                asked if isinstance(asked, Score) else combined([call.result() for call in asked]) for asked in calls
+            ]
+
+    def _fault(self, reference: Any) -> str | None:
+        number = type(reference) is int or (type(reference) is float and math.isfinite(reference))
+        if number or (isinstance(reference, str) and reference.strip()):
+            return None
+        return f"{self.reference!r} must be a text that is not empty, or a number, not {str(reference)[:80]!r}"
+
+    def _unasked(self, text: str, reference: Any) -> Score | None:
+        """The score of what is shown to no judge."""
+        if fault := self._fault(reference):
+            return Score(None, "skipped", fault)
+        if is_attack(text):
+            return Score(0.0, "wrong", "shown to no judge: it is empty, an opener, or writes a verdict")
+        return None
 
     def _asked(self, prompt: Any, own: str, other: str, swapped: bool, sample: int) -> tuple[float, float] | str:
         """Scores of the completion and the reference; or why there are none."""

@@ -153,6 +153,26 @@ def test_what_fails_is_asked_again_and_then_unscored(tmp_path):
     assert found.value is None and "APIConnectionError" in found.detail
 
 
+def test_a_reference_is_a_text_or_a_number():
+    rows = [{"reference": r} for r in (None, " ", True, ["4"], float("nan"), "4", 4, 0, 4.5, 10**400)]
+    found = judge("http://localhost:1/v1").check([{}, *rows])
+    assert [fault is None for fault in found] == [False] * 6 + [True] * 5
+
+
+def test_a_row_without_a_reference_is_named_before_anything_runs(tmp_path):
+    rows = [{**row, "reference": "99"} for row in PAIRS]
+    rows[1]["reference"] = None
+    path = recipe(tmp_path, {**SAMPLED, "steps": 1}, rows=rows, data=TRAIN)
+    with served(longer) as (url, seen):
+        asked = {"name": "judge", "base_url": url, "model": "m", "samples": 1, "timeout_s": 3, "max_retries": 1}
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "rewards": [asked]}))
+        with pytest.raises(UserError, match="pairs.jsonl:2: reward 'judge': 'reference' must be a text that is not em"):
+            alignment.train(path)
+        found = judge(url)(["q", "q"], ["four", "four"], reference=[None, 4.0])
+    assert (found[0].value, found[0].status) == (None, "skipped") and found[1].value is not None
+    assert len(seen) == 2 and "\n4.0\n" in seen[0]["messages"][1]["content"], "the second row alone"
+
+
 def ask_elsewhere(url: str, cache: str) -> float | None:
     return judge(url, cache=cache)(["q"], ["a long answer"], reference=["short"])[0].value
 
