@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 from alignment.registry import option
 from alignment.reward_registry import reward_functions, texts
 from alignment.score import Score
-from rewards.judge_client import Endpoint, ask, client
+from rewards.judge_client import NO_VERDICT, Endpoint, ask, client
 
 LOWEST, HIGHEST = 1, 10
 SCHEMA = {
@@ -75,17 +75,19 @@ class Judge:
     timeout_s: Annotated[float, option("for a call", unit="s", gt=0)] = 20.0
     max_retries: Annotated[int, option("of a call that failed", ge=0)] = 2
     key_env: Annotated[str, option("environment variable with the key, if it needs one")] = "OPENAI_API_KEY"
-    cache: Annotated[
-        str | None, option("folder of answers, shared by all processes, with the account usage.jsonl; null: none")
-    ] = "judge_cache"
+    cache: Annotated[str | None, option("folder of answers, shared by all processes; null: none")] = "judge_cache"
+    account: Annotated[
+        str | None, option("file with a line for each call: tokens, cost, why it failed; null: none")
+    ] = "judge_usage.jsonl"
     prices: Annotated[tuple[float, float], option("of a million tokens read, and written; for the account")] = (
         0.0,
         0.0,
     )
 
     def located(self, beside: Path, run: Path) -> Self:
-        """A relative cache is in the folder of runs, so that runs share it."""
-        return self if self.cache is None else replace(self, cache=str(run.resolve().parent / self.cache))
+        """A relative cache or account is in the folder of runs, so that runs share it."""
+        named = {"cache": self.cache, "account": self.account}
+        return replace(self, **{k: str(run.resolve().parent / v) for k, v in named.items() if v is not None})
 
     @property
     def needs_s(self) -> float:
@@ -98,7 +100,7 @@ class Judge:
         """Where the judge is and how it is asked."""
         return Endpoint(
             self.base_url, self.model, self.key_env, self.temperature, self.max_tokens, self.timeout_s,
-            self.max_retries, self.cache, self.prices,
+            self.max_retries, self.cache, self.account, self.prices,
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -156,7 +158,7 @@ class Judge:
         except Exception as error:  # whatever the client raises: it is told, and the others count
             return f"{type(error).__name__}: {error}"
         if found is None:
-            return "no verdict"
+            return NO_VERDICT
         return (found[1], found[0]) if swapped else found
 
 

@@ -17,7 +17,6 @@ import alignment
 from alignment.errors import UserError
 from alignment.recipe import load
 from rewards.judge import Judge, combined, is_attack, parsed, question
-from rewards.judge_client import USAGE
 from tests.test_preference import PAIRS, SAMPLED, TRAIN, recipe
 from tests.test_train import Recorder
 
@@ -61,7 +60,7 @@ def served(answer: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def judge(url: str, **options: Any) -> Judge:
-    return Judge(url, "m", **{"samples": 1, "cache": None, "max_retries": 0, **options})
+    return Judge(url, "m", **{"samples": 1, "cache": None, "account": None, "max_retries": 0, **options})
 
 
 def longer(request: dict[str, Any], _: int) -> str:
@@ -141,14 +140,29 @@ def test_attacks_are_not_shown():
     assert (found[0].value, found[0].status) == (0.0, "wrong") and found[1].value is not None and len(seen) == 2
 
 
+def counted(account: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in account.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_answers_without_a_verdict_count_as_failed(tmp_path, cached):
+    places = {"account": str(tmp_path / "there" / "account"), "cache": str(tmp_path / "cache") if cached else None}
+    with served(lambda _, number: verdict(7, 5) if number == 2 else "no json") as (url, _):
+        found = judge(url, samples=2, concurrency=1, **places)(["q"], ["one"], reference=["other"])[0]
+    assert (found.value, found.status) == (None, "error")
+    lines = counted(tmp_path / "there" / "account")
+    assert [line["failed"] for line in lines] == ["no verdict", None, "no verdict", "no verdict"]
+    assert [line["prompt_tokens"] for line in lines] == [100] * 4, "they cost as much"
+
+
 def test_what_fails_is_asked_again_and_then_unscored(tmp_path):
     with served(lambda _, number: 503 if number < 3 else verdict(7, 5)) as (url, seen):
         found = judge(url, max_retries=3, concurrency=1)(["q"], ["one"], reference=["other"])[0]
         assert found.value == 0.5 and len(seen) == 4
     with served(lambda *_: 500) as (url, _):
-        found = judge(url, cache=str(tmp_path))(["q"], ["one"], reference=["other"])[0]
+        found = judge(url, account=str(tmp_path / "account"))(["q"], ["one"], reference=["other"])[0]
     assert (found.value, found.status) == (None, "error") and "InternalServerError" in found.detail
-    assert all(json.loads(line)["failed"] for line in (tmp_path / USAGE).read_text().splitlines())
+    assert ["InternalServerError" in line["failed"] for line in counted(tmp_path / "account")] == [True, True]
     found = judge("http://127.0.0.1:9/v1")(["q"], ["one"], reference=["other"])[0]
     assert found.value is None and "APIConnectionError" in found.detail
 
@@ -179,13 +193,14 @@ def ask_elsewhere(url: str, cache: str) -> float | None:
 
 def test_answers_are_kept_for_all_processes_and_counted(tmp_path):
     with served(longer) as (url, seen):
-        first = judge(url, cache=str(tmp_path), prices=(1.0, 2.0))(["q"], ["a long answer"], reference=["short"])[0]
+        kept = {"cache": str(tmp_path), "account": str(tmp_path / "account"), "prices": (1.0, 2.0)}
+        first = judge(url, **kept)(["q"], ["a long answer"], reference=["short"])[0]
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             assert pool.submit(ask_elsewhere, url, str(tmp_path)).result() == first.value
         assert len(seen) == 2
-        judge(url, cache=str(tmp_path), samples=2)(["q"], ["a long answer"], reference=["short"])
+        judge(url, samples=2, **kept)(["q"], ["a long answer"], reference=["short"])
         assert len(seen) == 4, "other samples are other questions"
-    lines = [json.loads(line) for line in (tmp_path / USAGE).read_text().splitlines()]
+    lines = counted(tmp_path / "account")
     assert [line["prompt_tokens"] for line in lines] == [100] * 4
     assert lines[0]["cost"] == pytest.approx((100 * 1.0 + 10 * 2.0) / 1e6)
 
@@ -215,4 +230,7 @@ def test_a_run_is_rewarded_by_a_judge(tmp_path):
     scores = [r.scores["judge"] for g in sink.groups for r in g.rollouts]
     assert seen and len(scores) == 16 and all(score.value is not None for score in scores)
     assert {round(score.value, 6) for score in scores} <= {0.0, 0.5, round(0.5 + 6 / 18, 6), round(0.5 - 6 / 18, 6)}
-    assert (Path(tmp_path) / "runs" / "judge_cache" / USAGE).is_file()
+    runs = Path(tmp_path) / "runs"
+    lines = counted(runs / "judge_usage.jsonl")
+    assert len(lines) == len(seen) and all(line["failed"] is None for line in lines)
+    assert any((runs / "judge_cache").glob("*.json"))
