@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,16 +35,21 @@ INSTRUCTIONS = (
     'Reply with JSON alone: {"evidence": "...", "first": 7, "second": 5}'
 )
 OPENERS = (
-    "thought process:", "let's solve this problem step by step.", "solution", "solution:", "thought process",
-    "let us solve this step by step.", "let's think step by step.", "final answer:", "the answer is", "answer:",
-    "解", "解：", "思考过程：", "让我们一步一步解决这个问题。", "かいせつ", "解説", "respuesta", "solución:",
+    "solution", "thought process", "let s solve this problem step by step", "let us solve this step by step",
+    "let s think step by step", "answer", "final answer", "the answer is",
+    "解", "思考过程", "让我们一步一步解决这个问题", "かいせつ", "解説", "respuesta", "solución",
 )  # fmt: skip
-"""Openers that fool judges by themselves, in the languages of the paper (from memory: Chinese, Japanese, Spanish)."""
+"""Openers that fool judges by themselves, in the languages of the paper (from memory: Chinese, Japanese, Spanish), as
+:func:`_words` gives them."""
 _VERDICT = re.compile(
-    r'"evidence"\s*:.*"(?:first|second)"\s*:|^\s*\[\[\s*(?:A|B|C|\d+)\s*\]\]\s*$|<\|(?:im_end|im_start|eot_id|system)\|>',
+    r'"evidence"\s*:.*"(?:first|second)"\s*:|^[ \t]*\[\[\s*[ABC]\s*\]\]\s*$|(?i:rating):\s*\[\[\s*[\d.]+\s*\]\]'
+    r"|<\|(?:im_end|im_start|eot_id|system)\|>",
     re.DOTALL | re.MULTILINE,
 )
-"""A verdict in this judge's form, a bare one in the form of others, or a mark that ends a message of a chat."""
+"""A verdict in this judge's form or that of others, or a mark that ends a message of a chat. ``[[5]]`` by itself may be
+a matrix."""
+_MARKDOWN = re.compile(r"`{1,3}([^`]{1,80})`{1,3}|^[ \t]*>{1,3}(?=.{0,80}\w)", re.MULTILINE)
+"""What of it is no punctuation: code and quotations, if short, for so are openers."""
 
 
 @reward_functions.register(
@@ -60,8 +66,9 @@ class Judge:
     verdict are left out of the means. Without any the rollout is unscored, as it is when the endpoint fails. So a judge
     that always prefers the first answer says 1/2. The scale of a ninth of the difference is ours.
 
-    A completion that is empty, punctuation, an opener such as ``Solution:``, or that writes a verdict or a chat's marks
-    scores 0 (``wrong``) and is not shown to the judge.
+    A completion that is empty, punctuation, an opener such as ``**Solution:**``, or that writes a verdict or a chat's
+    marks scores 0 (``wrong``) and is not shown to the judge, unless it is the reference. Symbols, such as ``∞``, say
+    something.
     """
 
     base_url: Annotated[str, option("of an OpenAI-compatible endpoint, such as http://localhost:8000/v1")]
@@ -141,7 +148,7 @@ class Judge:
         """The score of what is shown to no judge."""
         if fault := self._fault(reference):
             return Score(None, "skipped", fault)
-        if is_attack(text):
+        if is_attack(text, str(reference)):
             return Score(0.0, "wrong", "shown to no judge: it is empty, an opener, or writes a verdict")
         return None
 
@@ -208,10 +215,20 @@ def combined(verdicts: Sequence[tuple[float, float] | str]) -> Score:
     return Score(0.5 + (own - other) / 18, detail="; ".join([detail, *reasons]))
 
 
-def is_attack(text: str) -> bool:
-    """Whether a completion says nothing and is known to fool judges, or writes what only a judge may write."""
-    bare = " ".join(text.split()).casefold()
-    return not re.search(r"\w", bare) or bare in OPENERS or _VERDICT.search(text) is not None
+def is_attack(text: str, reference: str | None = None) -> bool:
+    """Whether a completion says nothing and is known to fool judges, or writes what only a judge may write. The
+    reference does neither."""
+    if reference is not None and text.split() == reference.split():
+        return False
+    words = _words(text)
+    return not words or words in OPENERS or _VERDICT.search(text) is not None
+
+
+def _words(text: str) -> str:
+    """The text in lower case, without punctuation, characters that are not seen, and Markdown. Symbols stay."""
+    text = _MARKDOWN.sub(r" \1 ", unicodedata.normalize("NFKC", text))
+    kept = (" " if unicodedata.category(c)[0] in "PZC" else c for c in text.casefold())
+    return " ".join("".join(kept).split())
 
 
 __all__ = ["Judge", "combined", "is_attack", "parsed", "question"]
