@@ -73,6 +73,10 @@ class RewardModel:
             return None
         return f"path: {folder} holds no reward model; a stage 'reward_model' writes some, in its run's reward_models"
 
+    def on_gpu(self) -> tuple[Path, str] | None:
+        """The model that each scoring process keeps on a GPU, if there it computes, and its type: for the plan."""
+        return None if self.device == "cpu" else (self.folder, self.dtype)
+
     def prepare(self) -> None:
         """Loads the model, if it is there, before anything is timed."""
         if self.folder.is_dir():
