@@ -43,6 +43,8 @@ class Load:
     """Of a step."""
     minibatch_rows: int
     row_tokens: int
+    scoring: int = 0
+    """What scoring processes keep on one GPU, in bytes (:func:`alignment.scoring_size.scoring_bytes`)."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def holdings(stage: Any, load: Load, hardware: Hardware) -> tuple[list[Holding],
     rows = -(-load.minibatch_rows // training.ranks)
     parts = training_bytes(load.shape, load.model, training, load.row_tokens, rows, stage.needs_reference)
     critics = critic_bytes(load.shape, load.model, stage)
-    always = {"context": CONTEXT, **({"critics": critics} if critics else {})}
+    beside = {"reward models": load.scoring} if load.scoring else {}  # on one GPU, whichever that is
+    always = {"context": CONTEXT, **({"critics": critics} if critics else {}), **beside}
     update = {**always, **parts}
     rest = {
         **always,
@@ -154,7 +157,8 @@ def holdings(stage: Any, load: Load, hardware: Hardware) -> tuple[list[Holding],
     if ranks > 0:
         found.append(Holding("learner", ranks, {"update": update}, usable))
     if engines > 0:
-        found.append(Holding("engine", engines, {"sampling": engine}, _budget(stage, hardware)))
+        limit = max(_budget(stage, hardware), usable) if beside else _budget(stage, hardware)
+        found.append(Holding("engine", engines, {"sampling": {**engine, **beside}}, limit))
     return found, cache
 
 
@@ -199,7 +203,7 @@ def on_cluster(name: str, stage: Any, load: Load, hardware: Hardware) -> StageOn
         cache=cache,
         host_bytes=ranks * host_bytes(load.shape, load.model, Training.of_stage(stage, load.model)),
         problems=(*unfit(stage, load, hardware), *_short(found)),
-        notes=tuple(_notes(stage, hardware, cache)),
+        notes=(*_notes(stage, hardware, cache), *_scoring(load)),
     )
 
 
@@ -283,6 +287,16 @@ def _notes(stage: Any, hardware: Hardware, cache: Cache | None) -> list[str]:
         ways = "cluster: ray uses more than one" if is_local(stage) else "raise learner.ranks or sampler.engines"
         found.append(f"{counted(spare, 'GPU')} would be idle; {ways}")
     return found
+
+
+def _scoring(load: Load) -> list[str]:
+    """How reward models take less."""
+    if not load.scoring:
+        return []
+    return [
+        f"scoring processes keep {gib(load.scoring)} of reward models on one GPU, here counted on each kind: fewer "
+        "scoring.workers, and dtype: bfloat16 or device: cpu of these rewards, take less"
+    ]
 
 
 def _listed(numbers: Sequence[int]) -> str:

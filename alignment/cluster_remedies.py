@@ -6,6 +6,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from alignment.cluster_plan import (
+    USABLE,
     Hardware,
     Load,
     StageOnCluster,
@@ -161,7 +162,7 @@ def _for_engines(stage: Any, load: Load, hardware: Hardware) -> Iterator[_Change
     needs = needs_of(stage)
     found, _ = holdings(stage, load, hardware)
     shared = next((h for h in found if "turns" in h.what), None)
-    share = 0.9
+    share = min(0.9, int(100 * (USABLE * hardware.memory - load.scoring) / hardware.memory) / 100)
     if shared is not None:
         resting = sum(n for name, n in shared.phases["sampling"].items() if not name.startswith("engine"))
         share = int(100 * (shared.limit - resting) / hardware.memory) / 100

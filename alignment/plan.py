@@ -23,6 +23,7 @@ from alignment.recipe import ModelConfig, PreferenceStage, Recipe, RewardModelSt
 from alignment.recipe_folders import missing_folders
 from alignment.recipe_tree import Problem, RecipeError, dotted
 from alignment.registry import REGISTRIES
+from alignment.scoring_size import scoring_bytes
 from alignment.stage_checks import unfit_prompts
 from alignment.supervision import judgements_of, numbers
 from alignment.types import Prompt
@@ -123,9 +124,10 @@ def _on_cluster(
             "a folder with its config.json (of a model like Llama, Qwen2 or Qwen3)"
         )
     found: list[StageOnCluster] = []
-    for stage, plan in zip(recipe.stages, plans, strict=True):
-        longest = recipe.data.max_prompt_tokens + recipe.evaluation.sampling.max_tokens
-        load = Load(recipe.model, shape, plan.rollouts, plan.minibatch_rows, plan.row_tokens or longest)
+    for index, (stage, plan) in enumerate(zip(recipe.stages, plans, strict=True)):
+        longest = plan.row_tokens or recipe.data.max_prompt_tokens + recipe.evaluation.sampling.max_tokens
+        scoring = scoring_bytes(recipe, index, shape)
+        load = Load(recipe.model, shape, plan.rollouts, plan.minibatch_rows, longest, scoring)
         found.append(planned(stage.name, stage, load, hardware))
     return tuple(found)
 

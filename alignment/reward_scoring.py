@@ -19,16 +19,17 @@ class RewardScorer:
     Args:
         folder: Of a saved value model: reward models are such, read at the end.
         device: ``cpu`` or ``cuda``.
+        dtype: Of the model's body; its head is float32.
 
     Raises:
         UserError: There is none, or its head has a value for every next token, which is no reward.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoTokenizer
 
         place = locate_value_model(str(folder))
-        self.model = load_value_model(place).to(device)
+        self.model = load_value_model(place, dtype).to(device)
         if self.model.shape.kind != "state" or self.model.shape.streams:
             raise UserError(f"{place} is a value model with more than one number for a state, so no reward model")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(place)

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Annotated, Any, Self
 from alignment.registry import option
 from alignment.reward_registry import reward_functions, texts
 from alignment.score import Score
-from rewards.judge_client import Endpoint, ask, client
+from rewards.judge_client import NO_VERDICT, Endpoint, ask, client
 
 LOWEST, HIGHEST = 1, 10
 SCHEMA = {
@@ -33,16 +35,21 @@ INSTRUCTIONS = (
     'Reply with JSON alone: {"evidence": "...", "first": 7, "second": 5}'
 )
 OPENERS = (
-    "thought process:", "let's solve this problem step by step.", "solution", "solution:", "thought process",
-    "let us solve this step by step.", "let's think step by step.", "final answer:", "the answer is", "answer:",
-    "解", "解：", "思考过程：", "让我们一步一步解决这个问题。", "かいせつ", "解説", "respuesta", "solución:",
+    "solution", "thought process", "let s solve this problem step by step", "let us solve this step by step",
+    "let s think step by step", "answer", "final answer", "the answer is",
+    "解", "思考过程", "让我们一步一步解决这个问题", "かいせつ", "解説", "respuesta", "solución",
 )  # fmt: skip
-"""Openers that fool judges by themselves, in the languages of the paper (from memory: Chinese, Japanese, Spanish)."""
+"""Openers that fool judges by themselves, in the languages of the paper (from memory: Chinese, Japanese, Spanish), as
+:func:`_words` gives them."""
 _VERDICT = re.compile(
-    r'"evidence"\s*:.*"(?:first|second)"\s*:|^\s*\[\[\s*(?:A|B|C|\d+)\s*\]\]\s*$|<\|(?:im_end|im_start|eot_id|system)\|>',
+    r'"evidence"\s*:.*"(?:first|second)"\s*:|^[ \t]*\[\[\s*[ABC]\s*\]\]\s*$|(?i:rating):\s*\[\[\s*[\d.]+\s*\]\]'
+    r"|<\|(?:im_end|im_start|eot_id|system)\|>",
     re.DOTALL | re.MULTILINE,
 )
-"""A verdict in this judge's form, a bare one in the form of others, or a mark that ends a message of a chat."""
+"""A verdict in this judge's form or that of others, or a mark that ends a message of a chat. ``[[5]]`` by itself may be
+a matrix."""
+_MARKDOWN = re.compile(r"`{1,3}([^`]{1,80})`{1,3}|^[ \t]*>{1,3}(?=.{0,80}\w)", re.MULTILINE)
+"""What of it is no punctuation: code and quotations, if short, for so are openers."""
 
 
 @reward_functions.register(
@@ -59,8 +66,9 @@ class Judge:
     verdict are left out of the means. Without any the rollout is unscored, as it is when the endpoint fails. So a judge
     that always prefers the first answer says 1/2. The scale of a ninth of the difference is ours.
 
-    A completion that is empty, punctuation, an opener such as ``Solution:``, or that writes a verdict or a chat's marks
-    scores 0 (``wrong``) and is not shown to the judge.
+    A completion that is empty, punctuation, an opener such as ``**Solution:**``, or that writes a verdict or a chat's
+    marks scores 0 (``wrong``) and is not shown to the judge, unless it is the reference. Symbols, such as ``∞``, say
+    something.
     """
 
     base_url: Annotated[str, option("of an OpenAI-compatible endpoint, such as http://localhost:8000/v1")]
@@ -74,17 +82,19 @@ class Judge:
     timeout_s: Annotated[float, option("for a call", unit="s", gt=0)] = 20.0
     max_retries: Annotated[int, option("of a call that failed", ge=0)] = 2
     key_env: Annotated[str, option("environment variable with the key, if it needs one")] = "OPENAI_API_KEY"
-    cache: Annotated[
-        str | None, option("folder of answers, shared by all processes, with the account usage.jsonl; null: none")
-    ] = "judge_cache"
+    cache: Annotated[str | None, option("folder of answers, shared by all processes; null: none")] = "judge_cache"
+    account: Annotated[
+        str | None, option("file with a line for each call: tokens, cost, why it failed; null: none")
+    ] = "judge_usage.jsonl"
     prices: Annotated[tuple[float, float], option("of a million tokens read, and written; for the account")] = (
         0.0,
         0.0,
     )
 
     def located(self, beside: Path, run: Path) -> Self:
-        """A relative cache is in the folder of runs, so that runs share it."""
-        return self if self.cache is None else replace(self, cache=str(run.resolve().parent / self.cache))
+        """A relative cache or account is in the folder of runs, so that runs share it."""
+        named = {"cache": self.cache, "account": self.account}
+        return replace(self, **{k: str(run.resolve().parent / v) for k, v in named.items() if v is not None})
 
     @property
     def needs_s(self) -> float:
@@ -97,7 +107,7 @@ class Judge:
         """Where the judge is and how it is asked."""
         return Endpoint(
             self.base_url, self.model, self.key_env, self.temperature, self.max_tokens, self.timeout_s,
-            self.max_retries, self.cache, self.prices,
+            self.max_retries, self.cache, self.account, self.prices,
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -109,22 +119,38 @@ class Judge:
         """The data columns it reads."""
         return (self.reference,)
 
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """What makes a row useless to it: a reference that is no text with something in it, and no number."""
+        return [self._fault(row.get(self.reference)) for row in rows]
+
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
-        """One score per completion."""
+        """One score per completion; ``skipped`` where the row has no reference."""
         rows = list(zip(prompts, texts(completions), columns[self.reference], strict=True))
         with ThreadPoolExecutor(self.concurrency) as pool:
             calls = [
-                None if is_attack(text) else [
+                self._unasked(text, other) or [
                     pool.submit(self._asked, prompt, text, str(other), swapped, sample)
                     for swapped in (False, True) for sample in range(self.samples)
                 ]
                 for prompt, text, other in rows
             ]  # fmt: skip
             return [
-                Score(0.0, "wrong", "shown to no judge: it is empty, an opener, or writes a verdict")
-                if asked is None else combined([call.result() for call in asked])
-                for asked in calls
-            ]  # fmt: skip
+                asked if isinstance(asked, Score) else combined([call.result() for call in asked]) for asked in calls
+            ]
+
+    def _fault(self, reference: Any) -> str | None:
+        number = type(reference) is int or (type(reference) is float and math.isfinite(reference))
+        if number or (isinstance(reference, str) and reference.strip()):
+            return None
+        return f"{self.reference!r} must be a text that is not empty, or a number, not {str(reference)[:80]!r}"
+
+    def _unasked(self, text: str, reference: Any) -> Score | None:
+        """The score of what is shown to no judge."""
+        if fault := self._fault(reference):
+            return Score(None, "skipped", fault)
+        if is_attack(text, str(reference)):
+            return Score(0.0, "wrong", "shown to no judge: it is empty, an opener, or writes a verdict")
+        return None
 
     def _asked(self, prompt: Any, own: str, other: str, swapped: bool, sample: int) -> tuple[float, float] | str:
         """Scores of the completion and the reference; or why there are none."""
@@ -139,7 +165,7 @@ class Judge:
         except Exception as error:  # whatever the client raises: it is told, and the others count
             return f"{type(error).__name__}: {error}"
         if found is None:
-            return "no verdict"
+            return NO_VERDICT
         return (found[1], found[0]) if swapped else found
 
 
@@ -189,10 +215,20 @@ def combined(verdicts: Sequence[tuple[float, float] | str]) -> Score:
     return Score(0.5 + (own - other) / 18, detail="; ".join([detail, *reasons]))
 
 
-def is_attack(text: str) -> bool:
-    """Whether a completion says nothing and is known to fool judges, or writes what only a judge may write."""
-    bare = " ".join(text.split()).casefold()
-    return not re.search(r"\w", bare) or bare in OPENERS or _VERDICT.search(text) is not None
+def is_attack(text: str, reference: str | None = None) -> bool:
+    """Whether a completion says nothing and is known to fool judges, or writes what only a judge may write. The
+    reference does neither."""
+    if reference is not None and text.split() == reference.split():
+        return False
+    words = _words(text)
+    return not words or words in OPENERS or _VERDICT.search(text) is not None
+
+
+def _words(text: str) -> str:
+    """The text in lower case, without punctuation, characters that are not seen, and Markdown. Symbols stay."""
+    text = _MARKDOWN.sub(r" \1 ", unicodedata.normalize("NFKC", text))
+    kept = (" " if unicodedata.category(c)[0] in "PZC" else c for c in text.casefold())
+    return " ".join("".join(kept).split())
 
 
 __all__ = ["Judge", "combined", "is_attack", "parsed", "question"]

@@ -13,9 +13,7 @@ from typing import Any
 from alignment.durable import replace_file
 from alignment.errors import UserError
 
-USAGE = "usage.jsonl"
-"""In the cache's folder: a line for each call that was made, with ``model``, ``prompt_tokens``, ``completion_tokens``,
-``cost`` and ``failed`` (why, or null)."""
+NO_VERDICT = "no verdict"
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,9 @@ class Endpoint:
     timeout_s: float
     max_retries: int
     cache: str | None
+    account: str | None
+    """File with a line for each call that was made: ``model``, ``prompt_tokens``, ``completion_tokens``, ``cost`` and
+    ``failed`` (why it was of no use, or null)."""
     prices: tuple[float, float]
     """Of a million tokens read, and written."""
 
@@ -51,7 +52,7 @@ def ask(
         messages: The question.
         sample: Which of several answers to the same question.
         schema: Of the verdict; servers that can keep to it are asked to.
-        sound: Whether an answer is worth keeping: others are asked for again the next time.
+        sound: Whether an answer holds a verdict. Others count as failed, and are asked for again the next time.
 
     Raises:
         UserError: The package or the key is missing.
@@ -73,12 +74,14 @@ def ask(
                 "json_schema": {"name": "verdict", "strict": True, "schema": schema},
             },
         )
+        text = (answer.choices[0].message.content or "") if answer.choices else ""
     except Exception as error:
         _count(endpoint, None, f"{type(error).__name__}: {error}"[:300])
         raise
-    _count(endpoint, answer.usage, None)
-    text = answer.choices[0].message.content or ""
-    if known is not None and sound(text):
+    useful = sound(text)
+    _count(endpoint, answer.usage, None if useful else NO_VERDICT)
+    if known is not None and useful:
+        known.parent.mkdir(parents=True, exist_ok=True)
         replace_file(known, json.dumps({"text": text}).encode(), synced=False)
     return text
 
@@ -109,13 +112,13 @@ def client(endpoint: Endpoint) -> Any:
 
 
 def _count(endpoint: Endpoint, usage: Any, failed: str | None) -> None:
-    """Adds a line to the account, where there is a place for one. One short line is written whole by every process."""
-    if endpoint.cache is None:
+    """Adds a line to the account, if one is kept. One short line is written whole by every process."""
+    if endpoint.account is None:
         return
     read, wrote = (getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
     cost = (read * endpoint.prices[0] + wrote * endpoint.prices[1]) / 1e6
     line = {"time": round(time.time(), 1), "model": endpoint.model, "prompt_tokens": read, "completion_tokens": wrote}
-    folder = Path(endpoint.cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / USAGE).open("a", encoding="utf-8") as file:
+    account = Path(endpoint.account)
+    account.parent.mkdir(parents=True, exist_ok=True)
+    with account.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "cost": cost, "failed": failed}) + "\n")

@@ -35,6 +35,7 @@ class RewardModel:
     stage: Annotated[str | None, option("name of the stage that trains it; of this run without path")] = None
     member: Annotated[int, option("which of that stage's members", ge=0)] = 0
     device: Annotated[Literal["cpu", "cuda"], option("where it computes, in each process that scores")] = "cpu"
+    dtype: Annotated[Literal["float32", "bfloat16"], option("of the model; its head is float32")] = "float32"
     batch_tokens: Annotated[int, option("of a pass, padding included", unit="tokens", ge=1)] = 16384
 
     def __post_init__(self) -> None:
@@ -72,24 +73,30 @@ class RewardModel:
             return None
         return f"path: {folder} holds no reward model; a stage 'reward_model' writes some, in its run's reward_models"
 
+    def on_gpu(self) -> tuple[Path, str] | None:
+        """The model that each scoring process keeps on a GPU, if there it computes, and its type: for the plan."""
+        return None if self.device == "cpu" else (self.folder, self.dtype)
+
     def prepare(self) -> None:
         """Loads the model, if it is there, before anything is timed."""
         if self.folder.is_dir():
-            _load(str(self.folder), self.device)
+            _load(str(self.folder), self.device, self.dtype)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score | None]:
         """One reward per completion; None while its stage is not done."""
         if self.stage is not None and not self.folder.is_dir():
             return [None] * len(prompts)
-        scorer = _load(str(self.folder), self.device)
+        scorer = _load(str(self.folder), self.device, self.dtype)
         ended = [reason == "stop" for reason in columns.get("finish_reason", ["stop"] * len(prompts))]
         values = scorer(list(prompts), texts(completions), ended, self.batch_tokens)
         return [Score(value) for value in values]
 
 
 @lru_cache(maxsize=8)
-def _load(path: str, device: str) -> Any:
+def _load(path: str, device: str, dtype: str) -> Any:
     """The model in ``path``, ready to score."""
+    import torch
+
     from alignment.reward_scoring import RewardScorer
 
-    return RewardScorer(Path(path), device)
+    return RewardScorer(Path(path), device, getattr(torch, dtype))

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from alignment.architectures import Shape
 from alignment.cluster_plan import Hardware, StageOnCluster, counted, gib
 from alignment.cluster_view import show_cluster
-from alignment.model_size import GIB
+from alignment.model_size import CONTEXT, GIB
 from alignment.plan import make_plan
 from alignment.recipe import load
 
@@ -156,3 +157,56 @@ def test_it_can_be_written_as_json():
     (holding,) = stage["holdings"]
     assert holding["peak"] + holding["spare"] == holding["limit"]
     assert holding["peak"] == sum(holding["phases"][holding["fullest"]].values())
+
+
+BODY = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+}  # fmt: skip
+
+
+def asked(folder: Path, workers: int, *models: dict) -> tuple[str, str]:
+    """Overrides: rewards by one model of 8B parameters."""
+    for name, content in (("config.json", BODY), ("value_model.json", {})):
+        (folder / name).write_text(json.dumps(content))
+    rewards = [{"name": "reward_model", "path": str(folder), "as": f"m{i}", **m} for i, m in enumerate(models)]
+    return f"rewards={json.dumps(rewards)}", f"scoring.workers={workers}"
+
+
+@pytest.mark.parametrize(("recipe", "gpus"), [("gsm8k_one_gpu", 1), ("gsm8k_8gpu", 8)])
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4), ("bfloat16", 2)])
+def test_reward_models_on_gpus_are_counted_for_each_process_that_scores(tmp_path, recipe, gpus, dtype, each):
+    model = {"device": "cuda", "dtype": dtype}
+    stage = planned(recipe, Hardware(1, gpus), *asked(tmp_path, 3, model, {**model, "weight": 0.5}))
+    parts = [phase.get("reward models") for holding in stage.holdings for phase in holding.phases.values()]
+    shape = Shape.read(BODY)
+    assert shape is not None and {*parts} == {3 * (CONTEXT + each * shape.parameters)}, "one copy in a process"
+    assert any("fewer scoring.workers" in note for note in stage.notes) and not stage.fits
+    stage = planned(recipe, Hardware(1, gpus), *asked(tmp_path, 3, {"dtype": dtype}))
+    assert stage.fits and not any("reward models" in p for h in stage.holdings for p in h.phases.values())
+
+
+def test_an_engine_leaves_room_for_reward_models(tmp_path):
+    overrides = asked(tmp_path, 1, {"device": "cuda", "dtype": "bfloat16"})
+    (told,) = planned("gsm8k_8gpu", Hardware(1, 8), *overrides).remedies
+    share = told.removeprefix("this would do: sampler.gpu_memory_utilization: ")
+    assert planned("gsm8k_8gpu", Hardware(1, 8), *overrides, f"stages.0.sampler.gpu_memory_utilization={share}").fits
+
+
+def test_a_reward_model_that_a_stage_makes_is_counted_after_it(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    rows = {"name": "dataset", "path": "rows.jsonl"}
+    members = [{"name": "reward_model", "stage": "rm", "member": i, "device": "cuda", "as": f"m{i}"} for i in range(2)]
+    whole = {
+        "run": {"name": "x"}, "model": {"path": "meta-llama/Llama-3.1-8B", "dtype": "bfloat16"}, "rewards": members,
+        "data": {"train": rows, "preferences": rows}, "scoring": {"workers": 2},
+        "stages": [
+            {"stage": "reward_model", "name": "rm", "steps": 1, "members": 2},
+            {"stage": "online", "name": "rl", "steps": 1, "prompts_per_step": 1},
+        ],
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(whole))
+    before, after = make_plan(load([tmp_path / "r.yaml"]), Hardware(1, 1)).cluster
+    policy = Shape.read(BODY)
+    assert policy is not None and "reward models" not in before.holdings[0].phases["update"]
+    assert after.holdings[0].phases["update"]["reward models"] == 2 * (CONTEXT + 2 * 4 * policy.parameters)

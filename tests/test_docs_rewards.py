@@ -114,7 +114,8 @@ def test_a_judge(folder: Path) -> None:
     with served(lambda *_: json.dumps({"evidence": "", "first": 9, "second": 3})) as (url, _):
         path = folder / "judged.yaml"
         page = YAML(typ="safe").load(RECIPES[5])
-        page["rewards"][1] |= {"base_url": url, "cache": str(folder / "judge_cache")}
+        places = {"cache": str(folder / "judge_cache"), "account": str(folder / "judge_usage.jsonl")}
+        page["rewards"][1] |= {"base_url": url, **places}
         path.write_text(json.dumps({**YAML(typ="safe").load(BASE), **page}))
         with Scorer.from_recipe(load([path])) as scorer:
             found = scorer.score([group(["four"], prompt="2+2=", answer="4")])[0]

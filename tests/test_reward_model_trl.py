@@ -1,6 +1,7 @@
 """The reward model's loss and gradients beside those of TRL's ``RewardTrainer``: the same weights, tokens and rows."""
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,10 @@ from tests.test_preference_trl import MODEL, ROWS, Both
 MICRO_BATCH = 24
 
 
-def theirs(model: ValueModel, tokenizer: Any, folder: Any, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """TRL's loss of all rows, and its gradients under our names."""
+def theirs(
+    model: ValueModel, tokenizer: Any, folder: Any, rows: Any, **options: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """TRL's loss of all rows, with their column ``margin`` if they have one, and its gradients under our names."""
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import RewardTrainer
 
@@ -35,11 +38,11 @@ def theirs(model: ValueModel, tokenizer: Any, folder: Any, **options: Any) -> tu
     with torch.no_grad():
         other.score.weight.copy_(model.head.linear.weight)
     common = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
-    sizes = {"per_device_train_batch_size": len(ROWS), "max_length": 32}
+    sizes = {"per_device_train_batch_size": len(rows), "max_length": 32}
     args = RewardConfig(output_dir=str(folder), disable_dropout=True, **common, **sizes, **options)
     # TRL puts the end of sequence behind a row that lacks it
-    trainer = RewardTrainer(model=other, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
-    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ROWS))])
+    trainer = RewardTrainer(model=other, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
@@ -48,19 +51,25 @@ def theirs(model: ValueModel, tokenizer: Any, folder: Any, **options: Any) -> tu
     return float(loss.detach()), grads
 
 
+@pytest.mark.parametrize("margins", [None, (0.5, 0.0, 1.0, 2.0)], ids=["plain", "margins"])
 @pytest.mark.parametrize("centring", [0.0, 0.05])
-def test_loss_and_gradients_are_those_of_trl(tmp_path, centring):
+def test_loss_and_gradients_are_those_of_trl(tmp_path, centring, margins):
     made = Origin(MODEL, seed=1).make()
     model = ValueModel.of(made.module, ValueShape(Scalar()))
     draw_head(model, 3)
     options = {"center_rewards_coefficient": centring} if centring else {}
-    loss, grads = theirs(model, made.tokenizer, tmp_path, **options)
+    marked = [{**row, "margin": m} for row, m in zip(ROWS, margins, strict=True)] if margins else ROWS
+    loss, grads = theirs(model, made.tokenizer, tmp_path, marked, **options)
     both = Both(tmp_path)
-    batch = both.batch([both.pair(i, row) for i, row in enumerate(ROWS)], mismatched=False)
+    scores = [{"chosen_score": 3.0 + m, "rejected_score": 3.0} for m in margins or ()] or [{}] * len(ROWS)
+    rows = [{**row, **score} for row, score in zip(ROWS, scores, strict=True)]
+    pairs = [both.pair(i, row) for i, row in enumerate(rows)]
+    reward_B = torch.tensor([math.nan if r.reward is None else r.reward for pair in pairs for r in pair.rollouts])
+    batch = replace(both.batch(pairs, mismatched=False), reward_B=reward_B)
     backend = OneProcess(model, TorchLearnerConfig(), plain=True)
-    objective = RewardObjective(BradleyTerry(centring=centring), Scalar())
+    objective = RewardObjective(BradleyTerry("scores" if margins else "none", centring), Scalar())
     ours, _ = accumulate(
-        backend, lambda m: objective.loss(backend.forward(m.ids_BT), m), objective.prepare(replace(batch)), MICRO_BATCH
+        backend, lambda m: objective.loss(backend.forward(m.ids_BT), m), objective.prepare(batch), MICRO_BATCH
     )
     assert float(ours) == pytest.approx(loss, abs=1e-5)
     own = {name: p.grad for name, p in backend.trained.items() if p.grad is not None}

@@ -211,6 +211,9 @@ def test_a_later_stage_is_rewarded_by_it(tmp_path):
     scorer = RewardScorer(Path(result["folder"]) / "reward_models/rm/member_0")
     (value,) = scorer([sink.groups[0].prompt.row["prompt"]], [rollout.text], [rollout.finish_reason == "stop"])
     assert rollout.scores["one"].value == pytest.approx(value, abs=1e-5)
+    half = RewardModel(stage="rm", path=result["folder"], dtype="bfloat16")
+    (rounded,) = half([sink.groups[0].prompt.row["prompt"]], [rollout.text], finish_reason=[rollout.finish_reason])
+    assert rounded is not None and rounded.value != value and rounded.value == pytest.approx(value, abs=0.05)
 
 
 def test_before_its_stage_is_done_it_does_not_apply(tmp_path):
