@@ -27,8 +27,13 @@ def unfit_prompts(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Problem]:
 
 
 def unknown_layers(recipe: Recipe, module: "nn.Module") -> list[Problem]:
-    """Weightings that look at weights of which the model trains none."""
+    """Weightings that look at weights of which the model trains none.
+
+    Nothing is said of adapters that ``module`` does not have, being the shapes of a model that other processes train.
+    """
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    if recipe.model.lora is not None and not any("lora_" in name for name in trained):
+        return []
     problems: list[Problem] = []
     for index, stage in enumerate(recipe.stages):
         layers = getattr(stage.credited.weighting, "layers", None) if isinstance(stage, OnlineStage) else None

@@ -3,8 +3,10 @@
 import pytest
 
 import alignment
+from alignment.models import load_model
 from alignment.plan import make_plan
 from alignment.recipe import RecipeError, load
+from alignment.stage_checks import unknown_layers
 from tests.recipes_for_tests import only, write
 from tests.tiny import tiny
 
@@ -51,6 +53,13 @@ def test_layers_that_no_trained_weight_has_are_told_before_the_first_stage(tmp_p
         alignment.train(recipe)
     assert ("lora_A" in str(caught.value)) == (lora is not None)
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+
+
+def test_of_adapters_that_other_processes_train_nothing_is_said(tmp_path):
+    chosen = (f"{WEIGHTING}={{name: gradient, layers: lora_A}}", "model.lora={rank: 2}")
+    recipe = load([write(tmp_path)], chosen)
+    for weights in (True, False):
+        assert unknown_layers(recipe, load_model(recipe.located_model(), 0, weights).module) == []
 
 
 def test_a_reward_without_a_threshold_is_left_to_maximise(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignment.algorithms.objective import combine
 from alignment.engines.backend import Backend, policy_only
+from alignment.errors import UserError
 from alignment.types import Batch
 
 Part = tuple[Tensor, dict[str, Tensor], *tuple[Callable[[bool], None], ...]]
@@ -52,12 +53,12 @@ def gram_of(backend: Backend, gradient_of: Callable[[Tensor], None], adv_KBT: Te
         layers: A regular expression that names contain; None: all.
 
     Raises:
-        ValueError: No trained weight has such a name.
+        UserError: No trained weight has such a name.
     """
     trained = list(policy_only(backend.trained))
     names = [name for name in trained if layers is None or re.search(layers, name)]
     if not names:
-        raise ValueError(f"no trained weight has a name with {layers!r} in it; names are like {', '.join(trained[:3])}")
+        raise UserError(f"no trained weight has a name with {layers!r} in it; names are like {', '.join(trained[:3])}")
     rank, ranks = backend.share.rank, backend.share.ranks
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for adv_BT in adv_KBT:
