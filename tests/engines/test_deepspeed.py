@@ -132,7 +132,9 @@ def test_what_is_not_finite_or_fails_leaves_every_rank_as_it_was(worlds, stage, 
     found = on_ranks(worlds(2), checks.skip, stage, dtype=dtype)
     assert found["weights"] and found["moments"]
     assert [(m["skipped_steps"], m["optimizer_steps"]) for m in found["spoiled"]] == [(1, 0), (1, 0)]
-    assert found["counts"] == {"begun": 5, "steps": 2, "updates": 2, "skipped": 2, "skipped_in_a_row": 0}
+    assert found["counts"] == {
+        "begun": 5, "steps": 2, "updates": 2, "skipped": 2, "skipped_in_a_row": 0, "steps_before_moments": 0
+    }  # fmt: skip
     # What is left is as if the spoiled batches had not been: also the schedule waited.
     learner = checks.embedded("tiny", total=10, schedule="linear")
     good, other = checks.batches(2)
