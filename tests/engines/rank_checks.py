@@ -138,24 +138,29 @@ def annotate(kind: str, **options: Any) -> dict[str, np.ndarray]:
     return found
 
 
+def spoiled(loss: Tensor, what: str, micro: Batch, seen: list[Batch]) -> Tensor:
+    """The loss of ``micro``, of which something is not finite on the last rank: ``loss`` (and not the gradient),
+    ``gradient`` or ``nothing``; or, ``error``, all ranks fail at the second micro-batch that was ``seen``."""
+    seen.append(micro)
+    if what == "error" and len(seen) == 2:
+        raise ValueError("the second micro-batch")
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return loss
+    if what == "gradient":
+        loss.register_hook(lambda gradient: gradient * math.nan)
+    return loss + math.inf if what == "loss" else loss
+
+
 @dataclass(frozen=True)
 class Spoiled(Reinforce):
-    """Something is not finite on the last rank; or, what: ``error``, all ranks fail at the second micro-batch."""
+    """:func:`spoiled`."""
 
     what: str = "nothing"
     seen: list[Batch] = field(default_factory=list)
 
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, sums = super().loss(logp_BT, entropy_BT, micro)
-        self.seen.append(micro)
-        if self.what == "error" and len(self.seen) == 2:
-            raise ValueError("the second micro-batch")
-        if dist.get_rank() < dist.get_world_size() - 1 or self.what == "nothing":
-            return loss, sums
-        if self.what == "loss":  # and not the gradient
-            return loss + math.inf, sums
-        loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss, sums
+        return spoiled(loss, self.what, micro, self.seen), sums
 
 
 def moments(learner: DeepSpeedRank) -> list[np.ndarray]:

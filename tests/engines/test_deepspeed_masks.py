@@ -2,7 +2,6 @@
 the policy and those of the networks that make masks; and they go on exactly.
 """
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from alignment.algorithms.masked_preferences import LearnedMasks, Mapo, SparsePo
@@ -26,7 +24,7 @@ from alignment.references import Copy
 from alignment.types import Batch
 from tests.engines.helpers import chunk_mb
 from tests.engines.preference_checks import Case, batch_of
-from tests.engines.rank_checks import embedded, numbers, rank_of, whole_weights
+from tests.engines.rank_checks import embedded, numbers, rank_of, spoiled, whole_weights
 from tests.engines.ranks import worlds  # noqa: F401 - a fixture
 from tests.engines.test_deepspeed import Numbers, assert_equal, assert_like, marked, on_ranks
 
@@ -101,21 +99,14 @@ def on_rank(name: str, kind: str, folder: str | None, **options: Any) -> Found:
 
 @dataclass(frozen=True)
 class Spoiled(PreferenceObjective):
-    """On the last rank the loss or the gradient is not finite; or, ``error``, all ranks fail in their second loss."""
+    """:func:`tests.engines.rank_checks.spoiled`."""
 
     what: str = "loss"
     seen: list[Batch] = field(default_factory=list)
 
     def loss(self, logp_BT: Tensor, entropy_BT: Tensor | None, micro: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, sums = super().loss(logp_BT, entropy_BT, micro)
-        self.seen.append(micro)
-        if self.what == "error" and len(self.seen) == 2:
-            raise ValueError("the second micro-batch")
-        if dist.get_rank() == 1 and self.what == "loss":
-            return loss + math.inf, sums
-        if dist.get_rank() == 1 and self.what == "gradient":
-            loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss, sums
+        return spoiled(loss, self.what, micro, self.seen), sums
 
 
 def spoiled_on_rank(name: str, **options: Any) -> Found:
