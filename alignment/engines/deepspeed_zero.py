@@ -162,10 +162,10 @@ def shape_of(p: Tensor) -> torch.Size:
     return getattr(p, "ds_shape", p.shape)
 
 
-def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Inside, ``parameters`` are whole, to be read; every rank has to enter."""
+def gathered(parameters: Sequence[Tensor], written_by: int | None = None) -> AbstractContextManager[None]:
+    """Inside, ``parameters`` are whole: to be read, unless a rank writes. Every rank has to enter."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=written_by) if sharded else nullcontext()
 
 
 def rewritten(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -173,8 +173,7 @@ def rewritten(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
 
     The optimizer's float32 values of them do not follow.
     """
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0) if sharded else nullcontext()
+    return gathered(parameters, written_by=0)
 
 
 def give_back_whole_weights(engine: Any) -> None:
